@@ -1,0 +1,48 @@
+"""One file per paper. ``make`` builds any of them by its public id."""
+
+import importlib
+
+from pgjax.errors import RequestError, close_names
+
+# id -> (module, what it is)
+_ALGORITHMS = {
+    "reinforce": ("pgjax.algorithms.reinforce", "REINFORCE (Williams 1992), without or with a value baseline"),
+    "a2c": ("pgjax.algorithms.a2c", "Advantage actor-critic, synchronous (Mnih et al. 2016)"),
+    "ppo": ("pgjax.algorithms.ppo", "Proximal policy optimization, clipped (Schulman et al. 2017)"),
+}
+
+
+def list_algorithms() -> dict[str, str]:
+    """``{id: one line}`` of everything ``make`` builds."""
+    return {name: line for name, (_, line) in _ALGORITHMS.items()}
+
+
+def get(name: str):
+    """The module of the algorithm ``name``; it has ``Setup``, ``Hypers`` and ``make(env, setup, hypers, ...)``."""
+    if name not in _ALGORITHMS:
+        raise RequestError(f"algorithm {name!r} is unknown; {close_names(name, _ALGORITHMS)}")
+    return importlib.import_module(_ALGORITHMS[name][0])
+
+
+def make(name: str, env, hypers: dict | None = None, *, objective=None, networks=None, **setup):
+    """Builds the algorithm ``name`` on ``env``; keyword arguments are fields of its ``Setup``.
+
+    Args: hypers: fields of its ``Hypers`` that differ from the defaults.  objective, networks: see the algorithm's ``make``.
+    Raises: RequestError for unknown names and for values that cannot work.
+    """
+    module = get(name)
+    plugs = {key: plug for key, plug in (("objective", objective), ("networks", networks)) if plug is not None}
+    return module.make(env, module_setup(module, setup), module.Hypers(**_known(module.Hypers, "hypers", hypers or {})), **plugs)
+
+
+def module_setup(module, fields: dict):
+    """``module.Setup`` with these fields; lists become tuples so that it stays hashable."""
+    fields = {key: tuple(value) if isinstance(value, list) else value for key, value in fields.items()}
+    return module.Setup(**_known(module.Setup, "setup", fields))
+
+
+def _known(cls, what, fields):
+    for name in fields:
+        if name not in cls.__dataclass_fields__:
+            raise RequestError(f"{what}.{name} is not a field here; {close_names(name, cls.__dataclass_fields__)}")
+    return fields

@@ -1,0 +1,103 @@
+"""REINFORCE (Williams 1992), with no baseline, the batch's mean return, or a learned value as baseline.
+
+One gradient step per batch along (G - b) ∇log π with Monte-Carlo returns G. The factor γ^t in front of ∇log π is left out,
+as in all public code.
+"""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+from flax import struct
+
+from pgjax import estimators, normalizers, on_policy
+from pgjax.algorithms.a2c import policy_gradient
+from pgjax.errors import RequestError
+from pgjax.updates import fit_value, masked_mean, minibatch_sgd, plug
+
+
+@dataclasses.dataclass(frozen=True)
+class Setup(on_policy.Setup):
+    """baseline: what is subtracted from the return: a learned ``value``, the ``batch_mean``, or ``none``.
+
+    tail: what becomes of steps whose episode outlasts the batch: ``mask`` leaves them out (unbiased, and wasteful unless
+        num_steps exceeds an episode's length), ``bootstrap`` ends their return with the critic (value baseline only).
+    value_steps: gradient steps on the critic per iteration, the first of them jointly with the policy's.
+    """
+
+    num_steps: int = 500
+    normalize_advantage: str = "none"
+    baseline: str = "value"
+    tail: str = "mask"
+    value_steps: int = 1
+
+
+@struct.dataclass
+class Hypers(on_policy.Hypers):
+    learning_rate: jax.Array | float = 1e-3
+    entropy_coef: jax.Array | float = 0.01
+
+
+def returns_estimate(core, hypers, learner, batch):
+    """Fills in the return minus baseline as advantage, and the return as the critic's target.
+
+    A truncated episode's return ends with the critic's value of its last observation when there is a critic and
+    ``boundary`` is ``bootstrap``; otherwise truncation counts as the end.
+    """
+    setup = core.setup
+    learned = setup.baseline == "value"
+    moments = learner.value_moments
+    value, next_value = batch.value, batch.next_value
+    if moments is not None:
+        value, next_value = (normalizers.denormalize(moments, v) for v in (value, next_value))
+    bootstrap = next_value if learned and setup.boundary == "bootstrap" else 0.0
+    tail, weight = 0.0, None
+    if setup.tail == "bootstrap":
+        tail = next_value[-1]  # the end of the batch is no episode's end
+    else:
+        weight = estimators.complete_returns_mask(batch.terminated, batch.truncated).astype(jnp.float32)
+    return_ = estimators.reward_to_go(batch.reward, batch.terminated, batch.truncated, hypers.gamma, bootstrap, tail)
+    if not learned:
+        baseline = masked_mean(return_, weight) if setup.baseline == "batch_mean" else 0.0
+        return batch.replace(advantage=return_ - baseline, value_target=None, weight=weight)
+    target = return_ if moments is None else normalizers.normalize(moments, return_)
+    advantage = jax.lax.stop_gradient(return_ - value)
+    return batch.replace(advantage=advantage, value_target=target, weight=weight)
+
+
+def make(env, setup: Setup = Setup(), hypers: Hypers = Hypers(), *, objective=None, networks=None):  # noqa: B008
+    """REINFORCE on ``env``. ``objective`` replaces the policy gradient, as elsewhere."""
+    _validate(setup)
+    objective, params = plug(objective, lambda sample, hypers, extra: policy_gradient(sample.log_ratio, sample.advantage))
+    policy_step = minibatch_sgd(objective, returns_estimate)
+
+    def update(core, key, learner, batch, hypers, progress):
+        key, key_value = jax.random.split(key)
+        learner, metrics = policy_step(core, key, learner, batch, hypers, progress)
+        if setup.baseline == "value" and setup.value_steps > 1:
+            learner = fit_value(core, key_value, learner, batch, hypers, progress, num_epochs=setup.value_steps - 1)
+        return learner, metrics
+
+    return on_policy.make(
+        "reinforce",
+        env,
+        setup,
+        hypers if params is None else hypers.replace(objective=params),
+        update=update,
+        estimate=returns_estimate,
+        networks=networks,
+    )
+
+
+def _validate(setup: Setup) -> None:
+    for name, choices in {"baseline": ("value", "batch_mean", "none"), "tail": ("mask", "bootstrap")}.items():
+        if getattr(setup, name) not in choices:
+            raise RequestError(f"setup.{name} = {getattr(setup, name)!r} is not one of {', '.join(choices)}")
+    if setup.tail == "bootstrap" and setup.baseline != "value":
+        raise RequestError(f"setup.tail = 'bootstrap' needs a critic; use baseline = 'value' instead of {setup.baseline!r}")
+    if setup.boundary == "mask":
+        raise RequestError("setup.boundary = 'mask' is not defined for returns; use 'bootstrap' or 'terminate'")
+    if setup.normalize_value and setup.baseline != "value":
+        raise RequestError(f"setup.normalize_value = True needs a critic; use baseline = 'value', not {setup.baseline!r}")
+    if setup.value_steps < 1:
+        raise RequestError(f"setup.value_steps = {setup.value_steps} must be a whole number >= 1")

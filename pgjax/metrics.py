@@ -1,0 +1,119 @@
+"""What every method reports, and how rows of it are reduced over iterations and lanes.
+
+A metric's reduction follows from its name, so a method may add metrics of its own without registering them:
+``episode_*`` are means over the episodes that ended, ``*_max`` and ``*_min`` extremes, the rest plain means.
+"""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+_BY_NAME = {"env_steps": "last", "episodes": "sum", "nonfinite": "max"}
+
+
+def reduction(name: str) -> str:
+    """One of ``last``, ``sum``, ``max``, ``min``, ``episodes`` (mean weighted by episodes) and ``mean``."""
+    if name in _BY_NAME:
+        return _BY_NAME[name]
+    if name.startswith("episode_"):
+        return "episodes"
+    if name.endswith("_max"):
+        return "max"
+    if name.endswith("_min"):
+        return "min"
+    return "mean"
+
+
+def start_row(metrics: dict) -> dict:
+    """An accumulator for metrics of this structure (scalars or ``ShapeDtypeStruct``s)."""
+    start = {"max": -jnp.inf, "min": jnp.inf}
+    return {name: jnp.asarray(start.get(reduction(name), 0), value.dtype) for name, value in metrics.items()}
+
+
+def add_to_row(row: dict, metrics: dict) -> dict:
+    """Adds one iteration's metrics to the accumulator."""
+
+    def add(name, total, value):
+        match reduction(name):
+            case "last":
+                return value
+            case "max":
+                return jnp.maximum(total, value)
+            case "min":
+                return jnp.minimum(total, value)
+            case "episodes":
+                return total + jnp.where(metrics["episodes"] > 0, value * metrics["episodes"], 0)
+            case _:
+                return total + value
+
+    return {name: add(name, row[name], metrics[name]) for name in row}
+
+
+def finish_row(row: dict, num_iterations: jax.Array) -> dict:
+    """Turns sums into means; an episode column of a row in which no episode ended becomes NaN."""
+
+    def finish(name, total):
+        match reduction(name):
+            case "episodes":
+                return jnp.where(row["episodes"] > 0, total / row["episodes"], jnp.nan)
+            case "mean":
+                return total / num_iterations
+            case _:
+                return total
+
+    return {name: finish(name, total) for name, total in row.items()}
+
+
+def mean_over_lanes(rows: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Reduces ``[L, ...]`` columns over lanes, on the host; lanes that went non-finite are left out.
+
+    Episode columns weigh by the number of episodes and ignore NaN; extremes take the extreme; the rest is the mean.
+    """
+    keep = np.asarray(rows["nonfinite"]) == 0 if "nonfinite" in rows else np.ones_like(rows["env_steps"], bool)
+    reduced = {}
+    with np.errstate(invalid="ignore", divide="ignore"):
+        for name, value in rows.items():
+            value = np.asarray(value, np.float64)
+            match reduction(name):
+                case "episodes":
+                    weight = np.where(keep & np.isfinite(value), rows["episodes"], 0)
+                    reduced[name] = np.where(weight > 0, value * weight, 0).sum(0) / weight.sum(0)
+                case "last":
+                    reduced[name] = value.max(0)
+                case "sum":
+                    reduced[name] = np.where(keep, value, 0).sum(0)
+                case "max":
+                    reduced[name] = value.max(0) if name == "nonfinite" else np.where(keep, value, -np.inf).max(0)
+                case "min":
+                    reduced[name] = np.where(keep, value, np.inf).min(0)
+                case _:
+                    reduced[name] = np.where(keep, value, 0).sum(0) / keep.sum(0)
+    return reduced
+
+
+def policy_change(log_ratio: jax.Array, dist_old, dist) -> dict[str, jax.Array]:
+    """How far the policy moved from the one that acted, over the whole batch.
+
+    Args: log_ratio [N]; dist_old, dist with batch shape [N].
+    Returns: ``kl`` and ``kl_max``, closed-form KL(old || new) in nats; ``ratio_min``, ``ratio_max``;
+    ``clip_fraction``, the share of samples with |ratio - 1| > 0.2, whatever range a method clips to;
+    ``ess``, the effective sample size (Σ ratio)² / (N Σ ratio²) in (0, 1].
+    """
+    ratio = jnp.exp(log_ratio)
+    kl = dist_old.kl(dist)
+    # Divided by the largest ratio so that neither square overflows; the quotient does not change.
+    relative = jnp.exp(log_ratio - log_ratio.max())
+    return {
+        "kl": kl.mean(),
+        "kl_max": kl.max(),
+        "ratio_min": ratio.min(),
+        "ratio_max": ratio.max(),
+        "clip_fraction": (jnp.abs(ratio - 1) > 0.2).mean(),
+        "ess": relative.sum() ** 2 / (relative.size * (relative**2).sum()),
+    }
+
+
+def explained_variance(value: jax.Array, value_target: jax.Array) -> jax.Array:
+    """1 - Var(target - value) / Var(target) over the whole batch; 0 where the target does not vary."""
+    variance = value_target.var()
+    return jnp.where(variance > 0, 1 - (value_target - value).var() / jnp.where(variance > 0, variance, 1), 0.0)

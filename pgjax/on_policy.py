@@ -1,0 +1,555 @@
+"""The loop every on-policy method shares: collect, estimate advantages, update.
+
+A paper's file brings an ``update`` (often ``minibatch_sgd`` of its own objective), sometimes an ``estimate``, and gets an
+``Algorithm`` from ``make``. Everything that decides whether two curves may be compared, from the boundaries of episodes to
+the normalisers, lives here once.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import struct
+
+from pgjax import estimators, metrics, normalizers
+from pgjax.action_maps import make_action_map
+from pgjax.errors import RequestError, close_names
+from pgjax.networks import ActorCritic, Networks, make_networks
+from pgjax.optimizers import init_opt_state
+from pgjax.spaces import Discrete
+from pgjax.types import Algorithm, Environment, PyTree
+
+# Counters are int32; float32 ones would stop counting at 2**24.
+MAX_ENV_STEPS = 2**31 - 1
+
+
+@dataclasses.dataclass(frozen=True)
+class Setup:
+    """What fixes a shape, a loop length or a branch; each new value compiles again.
+
+    num_envs, num_steps: the batch of one iteration, B environments times T steps.
+    num_epochs, num_minibatches: passes over the batch, and the parts each pass is cut into.
+    minibatch_by: ``transition`` shuffles single samples; ``unroll`` shuffles whole environments, keeping time together.
+    boundary: how an episode's end enters the advantages: ``bootstrap`` (right), ``mask`` (Brax), ``terminate`` (CleanRL).
+    advantage_form: ``gae``, or ``brax`` (lambda missing on the first link).
+    brax_exact: with boundary ``mask``, let masked samples enter normalisation and loss as Brax does.
+    advantage_recompute: with which critic: the one at ``rollout``, at each ``epoch``, or at each ``minibatch`` (unrolls only).
+    normalize_advantage: over the ``minibatch``, the ``batch``, or ``none``.
+    value_loss: ``clipped`` (to value_clip_eps around the old value) or ``squared``; both carry the factor 1/2.
+    learning_rate_schedule: ``linear`` to zero over the run, ``constant``, or ``adaptive_kl`` (towards desired_kl).
+    optimizer: ``adam``; ``rmsprop`` (epsilon inside the root, accumulator from one), ``rmsprop_torch`` (outside, from zero).
+    gradient_clip: by the norm over actor and critic ``joint``ly, over each ``separate``ly, ``elementwise``, or ``none``.
+    early_stop: on the sampled KL exceeding target_kl: ``off``; ``minibatch``, before each step; ``epoch``, after the last
+        minibatch of an epoch. Steps after the stop are masked.
+    normalize_obs, normalize_value: running statistics, frozen within an iteration.
+    reward_scaling: ``none``; ``batch``, ``per_step`` or ``purejaxrl`` accumulation of the discounted return's spread.
+    distribution, action_map, torso, shared_torso, hidden_sizes, critic_hidden_sizes, activation, kernel_init,
+    policy_head_scale: see ``pgjax.networks`` and ``pgjax.action_maps``.
+    """
+
+    num_envs: int = 8
+    num_steps: int = 128
+    num_epochs: int = 1
+    num_minibatches: int = 1
+    minibatch_by: str = "transition"
+    boundary: str = "bootstrap"
+    advantage_form: str = "gae"
+    brax_exact: bool = False
+    advantage_recompute: str = "rollout"
+    normalize_advantage: str = "minibatch"
+    value_loss: str = "squared"
+    learning_rate_schedule: str = "linear"
+    optimizer: str = "adam"
+    gradient_clip: str = "joint"
+    early_stop: str = "off"
+    normalize_obs: bool = False
+    normalize_value: bool = False
+    reward_scaling: str = "none"
+    distribution: str = "auto"
+    action_map: str = "auto"
+    torso: str = "auto"
+    shared_torso: bool = False
+    hidden_sizes: tuple[int, ...] = (64, 64)
+    critic_hidden_sizes: tuple[int, ...] | None = None
+    activation: str = "tanh"
+    kernel_init: str = "orthogonal"
+    policy_head_scale: float | None = 0.01
+
+
+CHOICES = {
+    "minibatch_by": ("transition", "unroll"),
+    "boundary": ("bootstrap", "mask", "terminate"),
+    "advantage_form": ("gae", "brax"),
+    "advantage_recompute": ("rollout", "epoch", "minibatch"),
+    "normalize_advantage": ("minibatch", "batch", "none"),
+    "value_loss": ("clipped", "squared"),
+    "learning_rate_schedule": ("linear", "constant", "adaptive_kl"),
+    "optimizer": ("adam", "rmsprop", "rmsprop_torch"),
+    "gradient_clip": ("joint", "separate", "elementwise", "none"),
+    "early_stop": ("off", "minibatch", "epoch"),
+    "reward_scaling": ("none", "batch", "per_step", "purejaxrl"),
+}
+
+
+@struct.dataclass
+class Hypers:
+    """Numbers that only enter arithmetic; every leaf a float32 scalar, so new values never compile again.
+
+    learning_rate: of the actor, and times ``critic_lr_scale`` of the critic.
+    anneal_env_steps: the horizon over which schedules run, in environment steps; the runner fills it in.
+    obs_clip, reward_clip: bounds after normalisation, in standard deviations.  reward_scale: factor on every reward.
+    objective: parameters of a pluggable objective, a pytree, or None.
+    """
+
+    learning_rate: jax.Array | float = 3e-4
+    critic_lr_scale: jax.Array | float = 1.0
+    gamma: jax.Array | float = 0.99
+    gae_lambda: jax.Array | float = 0.95
+    value_coef: jax.Array | float = 0.5
+    value_clip_eps: jax.Array | float = 0.2
+    entropy_coef: jax.Array | float = 0.0
+    max_grad_norm: jax.Array | float = 0.5
+    adam_eps: jax.Array | float = 1e-5
+    adam_b1: jax.Array | float = 0.9
+    adam_b2: jax.Array | float = 0.999
+    rmsprop_decay: jax.Array | float = 0.99
+    rmsprop_eps: jax.Array | float = 1e-5
+    target_kl: jax.Array | float = 0.02
+    desired_kl: jax.Array | float = 0.01
+    obs_clip: jax.Array | float = 10.0
+    reward_clip: jax.Array | float = 10.0
+    reward_scale: jax.Array | float = 1.0
+    anneal_env_steps: jax.Array | float = np.inf
+    objective: PyTree = None
+
+
+@struct.dataclass
+class Learner:
+    """The learned part: what is held at its last finite value when an update goes non-finite.
+
+    opt_state: one optimiser state for the actor and one for the critic, each over the ravelled parameters.
+    lr_scale: factor on the learning rate, moved by the ``adaptive_kl`` schedule, else one.
+    extra: what a method learns besides, such as penalty coefficients; None if nothing.
+    """
+
+    params: ActorCritic
+    opt_state: ActorCritic
+    lr_scale: jax.Array
+    obs_moments: Any
+    reward_moments: Any
+    value_moments: Any
+    extra: PyTree
+
+
+@struct.dataclass
+class State:
+    """All that is carried from one iteration to the next, for one lane.
+
+    key: typed key. env_steps: int32. obs [B, *O] raw. reward_return, episode_return [B] float32, episode_length [B] int32.
+    nonfinite: bool, whether an update was ever refused. memory: what a method keeps of earlier batches, else None.
+    obs_clip: bound of normalised observations, kept here for the policy that is handed out.
+    """
+
+    key: jax.Array
+    env_steps: jax.Array
+    learner: Learner
+    env_state: PyTree
+    obs: jax.Array
+    reward_return: jax.Array
+    episode_return: jax.Array
+    episode_length: jax.Array
+    nonfinite: jax.Array
+    env_params: PyTree
+    obs_clip: jax.Array
+    memory: PyTree
+
+
+@struct.dataclass
+class Batch:
+    """One iteration's samples, ``[T, B, ...]``, or a minibatch of them, ``[N, ...]`` or ``[T, B', ...]``.
+
+    obs, final_obs: normalised with the frozen statistics.  action: in the policy's own space, before the action map.
+    reward: scaled.  value, next_value: of ``obs`` and ``final_obs``; with value normalisation in normalised units.
+    weight: 1 for samples that enter the losses, else 0; None if all do.
+    advantage: reward units, not yet normalised.  value_target: in the critic's units.
+    """
+
+    obs: jax.Array
+    final_obs: jax.Array
+    action: jax.Array
+    reward: jax.Array
+    terminated: jax.Array
+    truncated: jax.Array
+    dist_old: Any
+    log_prob_old: jax.Array
+    value: jax.Array
+    next_value: jax.Array
+    weight: jax.Array | None = None
+    advantage: jax.Array | None = None
+    value_target: jax.Array | None = None
+
+
+class Policy(NamedTuple):
+    """The part that acts: the actor's parameters, and the observation statistics it was trained with (or None)."""
+
+    actor: PyTree
+    obs_moments: Any
+    obs_clip: jax.Array
+
+
+class Core(NamedTuple):
+    """The static things every part needs: ``action_map`` takes policy-space actions to the environment's bounds."""
+
+    env: Environment
+    setup: Any
+    networks: Networks
+    action_map: Callable[[jax.Array], jax.Array]
+
+
+def make(
+    name: str,
+    env: Environment,
+    setup: Setup,
+    hypers: Hypers,
+    *,
+    update: Callable,
+    estimate: Callable | None = None,
+    init_extra: Callable | None = None,
+    networks: Networks | None = None,
+) -> Algorithm:
+    """Puts a method together from its parts.
+
+    Args:
+      name: public id.  env, setup, hypers: as the names say; ``hypers`` are the defaults of the returned algorithm.
+      update: ``(core, key, learner, batch, hypers, progress) -> (learner, metrics)``: all gradient steps of one iteration.
+      estimate: ``(core, hypers, learner, batch) -> batch`` with advantage, value_target and weight; GAE by default.
+      init_extra: ``(core, hypers) -> pytree`` for ``Learner.extra``.
+      networks: a ``Networks``; built from ``setup`` by default.
+
+    Raises: RequestError naming the field, the value and the remedy.
+    """
+    validate(setup, env)
+    hypers = as_hypers(hypers)
+    networks = networks or make_networks(
+        env.observation_space,
+        env.action_space,
+        hidden_sizes=setup.hidden_sizes,
+        critic_hidden_sizes=setup.critic_hidden_sizes,
+        activation=setup.activation,
+        kernel_init=setup.kernel_init,
+        policy_head_scale=setup.policy_head_scale,
+        distribution=setup.distribution,
+        torso=setup.torso,
+        shared_torso=setup.shared_torso,
+    )
+    core = Core(env, setup, networks, make_action_map(action_map_name(setup, env), env.action_space))
+    estimate = estimate or gae_estimate
+
+    def init(key, hypers, env_params=None):
+        key, key_network, key_reset, key_state = jax.random.split(key, 4)
+        params = networks.init(key_network)
+        env_state, obs = env.reset(jax.random.split(key_reset, setup.num_envs), _env_params(env, env_params))
+        zeros = jnp.zeros(setup.num_envs)
+        learner = Learner(
+            params=params,
+            opt_state=init_opt_state(setup, hypers, params),
+            lr_scale=jnp.ones(()),
+            obs_moments=normalizers.init_moments(env.observation_space.shape) if setup.normalize_obs else None,
+            reward_moments=normalizers.init_moments(()) if setup.reward_scaling != "none" else None,
+            value_moments=normalizers.init_moments(()) if setup.normalize_value else None,
+            extra=init_extra(core, hypers) if init_extra else None,
+        )
+        return State(
+            key=key_state,
+            env_steps=jnp.zeros((), jnp.int32),
+            learner=learner,
+            env_state=env_state,
+            obs=obs,
+            reward_return=zeros,
+            episode_return=zeros,
+            episode_length=jnp.zeros(setup.num_envs, jnp.int32),
+            nonfinite=jnp.zeros((), bool),
+            env_params=env_params,
+            obs_clip=jnp.asarray(hypers.obs_clip, jnp.float32),
+            memory=None,
+        )
+
+    def step(state, hypers):
+        key, key_update, key_entropy, *keys_collect = jax.random.split(state.key, 6)
+        # Progress before the iteration: the first one runs at the full learning rate, the last one at 1/num_iterations of it.
+        progress = jnp.clip(state.env_steps / hypers.anneal_env_steps, 0, 1)
+        old = state.learner
+        state, batch, collected, moments = collect(core, keys_collect, state, hypers)
+        batch = estimate(core, hypers, old, batch)
+        new, update_metrics = update(core, key_update, old, batch, hypers, progress)
+        # The statistics move only now, after the gradient steps: the ratio was exactly 1 at the first minibatch.
+        value_moments = old.value_moments
+        if setup.normalize_value and batch.value_target is not None:
+            target = normalizers.denormalize(value_moments, batch.value_target)
+            value_moments = normalizers.update_moments(value_moments, target)
+        new = new.replace(obs_moments=moments[0], reward_moments=moments[1], value_moments=value_moments)
+
+        # Only the learned part is selected: a select over environment state or a buffer would copy it.
+        nonfinite = state.nonfinite | ~all_finite(new)
+        learner = jax.tree.map(lambda new, old: jnp.where(nonfinite, old, new), new, old)
+        dist = networks.policy(learner.params, batch.obs)
+        log_ratio = dist.log_prob(batch.action) - batch.log_prob_old
+        step_metrics = {
+            **collected,
+            **update_metrics,
+            **metrics.policy_change(log_ratio, batch.dist_old, dist),
+            "entropy": dist.entropy(key_entropy).mean(),
+        }
+        if batch.value_target is not None:
+            step_metrics["explained_variance"] = metrics.explained_variance(batch.value, batch.value_target)
+        step_metrics = {
+            name: value if name.startswith("episode_") else jnp.where(nonfinite & jnp.isnan(value), 0, value)
+            for name, value in step_metrics.items()
+        }
+        step_metrics["nonfinite"] = nonfinite.astype(jnp.float32)
+        state = state.replace(key=key, learner=learner, nonfinite=nonfinite, obs_clip=hypers.obs_clip)
+        return state, step_metrics
+
+    def act(policy, obs, key=None):
+        if policy.obs_moments is not None:
+            obs = normalizers.normalize(policy.obs_moments, obs, clip=policy.obs_clip)
+        dist = networks.policy(ActorCritic(policy.actor, None), obs)
+        return core.action_map(dist.mode() if key is None else dist.sample(key))
+
+    return Algorithm(
+        init=init,
+        step=step,
+        policy=lambda state: Policy(state.learner.params.actor, state.learner.obs_moments, state.obs_clip),
+        act=act,
+        setup=setup,
+        hypers=hypers,
+        name=name,
+        env=env,
+        env_steps_per_iteration=setup.num_envs * setup.num_steps,
+    )
+
+
+def collect(core: Core, keys, state: State, hypers: Hypers):
+    """Plays T steps in B environments with the policy and statistics of ``state``. ``keys`` are three keys.
+
+    Returns: ``(state, batch, metrics, (obs_moments, reward_moments))``; the state has everything but its learner moved on,
+    and the moments, which already hold this batch, are to be installed after the gradient steps.
+    """
+    env, setup, learner = core.env, core.setup, state.learner
+    env_params = _env_params(env, state.env_params)
+    key_refresh, key_action, key_env = keys
+
+    def normalize(obs):
+        if learner.obs_moments is None:
+            return obs
+        return normalizers.normalize(learner.obs_moments, obs, clip=hypers.obs_clip)
+
+    # All random numbers of the rollout are drawn before the scan, in a few large operations instead of many small ones.
+    shape = (setup.num_steps, setup.num_envs)
+    noise = core.networks.policy(learner.params, normalize(state.obs)).draw_noise(key_action, shape[:1])
+    keys = jax.random.split(key_env, shape)
+    presample = getattr(env, "presample", None)
+    draws, env_step = (presample(keys, env_params), env.step_presampled) if presample else (keys, env.step)
+
+    def step(carry, draw):
+        env_state, obs, episode_return, episode_length = carry
+        draw_env, noise = draw
+        dist = core.networks.policy(learner.params, normalize(obs))
+        action = dist.sample_with(noise)
+        env_state, timestep = env_step(draw_env, env_state, core.action_map(action), env_params)
+        episode_return = episode_return + timestep.reward
+        episode_length = episode_length + 1
+        ended = timestep.terminated | timestep.truncated
+        out = (obs, action, dist, timestep._replace(obs=None, metrics=None), episode_return, episode_length)
+        episode_return, episode_length = jax.tree.map(
+            lambda total: jnp.where(ended, 0, total), (episode_return, episode_length)
+        )
+        return (env_state, timestep.obs, episode_return, episode_length), out
+
+    carry = (
+        env.refresh(key_refresh, state.env_state, env_params),
+        state.obs,
+        state.episode_return,
+        state.episode_length,
+    )
+    (env_state, last_obs, episode_return, episode_length), out = jax.lax.scan(step, carry, (draws, noise))
+    obs, action, dist_old, timestep, returns, lengths = out
+
+    obs_moments = learner.obs_moments
+    if obs_moments is not None:
+        obs_moments = normalizers.update_moments(obs_moments, obs)
+    ended = timestep.terminated | timestep.truncated
+    reward, reward_moments, reward_return = scale_rewards(
+        setup, hypers, learner.reward_moments, state.reward_return, timestep.reward, ended
+    )
+    batch = with_values(
+        core,
+        learner.params,
+        Batch(
+            obs=normalize(obs),
+            final_obs=normalize(timestep.final_obs),
+            action=action,
+            reward=reward,
+            terminated=timestep.terminated,
+            truncated=timestep.truncated,
+            dist_old=dist_old,
+            log_prob_old=dist_old.log_prob(action),
+            value=None,
+            next_value=None,
+        ),
+    )
+    state = state.replace(
+        env_steps=state.env_steps + setup.num_envs * setup.num_steps,
+        env_state=env_state,
+        obs=last_obs,
+        reward_return=reward_return,
+        episode_return=episode_return,
+        episode_length=episode_length,
+    )
+    episodes = ended.sum()
+    collected = {
+        "env_steps": state.env_steps,
+        "episodes": episodes.astype(jnp.float32),
+        "episode_return": jnp.where(ended, returns, 0).sum() / episodes,  # NaN where no episode ended
+        "episode_length": jnp.where(ended, lengths, 0).sum() / episodes,
+    }
+    return state, batch, collected, (obs_moments, reward_moments)
+
+
+def scale_rewards(setup, hypers, moments, reward_return, reward, ended):
+    """``(scaled reward [T, B], moments, carried discounted return [B])`` by the scaling that ``setup`` names."""
+    reward = reward * hypers.reward_scale
+    if setup.reward_scaling == "none":
+        return reward, moments, reward_return
+    scaler, reward = normalizers.scale_rewards(
+        normalizers.RewardScaler(moments, reward_return),
+        reward,
+        ended,
+        hypers.gamma,
+        hypers.reward_clip,
+        setup.reward_scaling,
+    )
+    return reward, scaler.moments, scaler.accumulator
+
+
+def with_values(core: Core, params: ActorCritic, batch: Batch) -> Batch:
+    """The batch with the critic's opinion of ``obs`` and of ``final_obs``, the successor before any reset."""
+    value, next_value = (core.networks.value(params, obs) for obs in (batch.obs, batch.final_obs))
+    return batch.replace(value=value, next_value=next_value)
+
+
+def gae_estimate(core: Core, hypers: Hypers, learner: Learner, batch: Batch) -> Batch:
+    """Fills in advantage, value_target and weight by generalised advantage estimation, as ``setup`` says."""
+    setup, moments = core.setup, learner.value_moments
+    value, next_value = batch.value, batch.next_value
+    if moments is not None:
+        value, next_value = (normalizers.denormalize(moments, v) for v in (value, next_value))
+    form = {"gae": estimators.gae, "brax": estimators.gae_brax}[setup.advantage_form]
+    advantage, value_target = form(
+        batch.reward,
+        value,
+        next_value,
+        batch.terminated,
+        batch.truncated,
+        hypers.gamma,
+        hypers.gae_lambda,
+        mode=setup.boundary,
+    )
+    if moments is not None:
+        value_target = normalizers.normalize(moments, value_target)
+    weight = None
+    if setup.boundary == "mask" and not setup.brax_exact:
+        weight = 1.0 - batch.truncated
+    return batch.replace(advantage=advantage, value_target=value_target, weight=weight)
+
+
+def all_finite(tree: PyTree) -> jax.Array:
+    """Whether every number of every floating leaf is finite, as one bool."""
+    leaves = [leaf for leaf in jax.tree.leaves(tree) if jnp.issubdtype(leaf.dtype, jnp.floating)]
+    return jnp.stack([jnp.isfinite(leaf).all() for leaf in leaves]).all()
+
+
+def action_map_name(setup: Setup, env: Environment) -> str:
+    """``auto`` clips a Gaussian's sample to the bounds and squashes a tanh-Gaussian's into them."""
+    if setup.action_map != "auto":
+        return setup.action_map
+    if isinstance(env.action_space, Discrete):
+        return "identity"
+    return "tanh_affine" if setup.distribution.startswith("tanh") else "clip"
+
+
+def as_hypers(hypers: Hypers, **changes) -> Hypers:
+    """Checks the numbers and turns every leaf into a float32 array, so that no later call traces again.
+
+    Raises: RequestError for an unknown field, and for NaN, negative or out-of-range values.
+    """
+    fields = {field.name: getattr(hypers, field.name) for field in dataclasses.fields(hypers)}
+    for name, value in changes.items():
+        if name not in fields:
+            raise RequestError(f"hypers.{name} is not a hyperparameter here; {close_names(name, fields)}")
+        fields[name] = value
+    for name, value in fields.items():
+        if name == "objective":
+            fields[name] = jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.float32), value)
+            continue
+        if isinstance(value, jax.core.Tracer):
+            continue
+        try:
+            fields[name] = np.asarray(value, np.float32)
+        except (TypeError, ValueError):
+            raise RequestError(f"hypers.{name} = {value!r} is not a number; give one") from None
+        _check_hyper(name, fields[name])
+    return type(hypers)(**fields)
+
+
+_AT_MOST_ONE = ("gamma", "gae_lambda", "adam_b1", "adam_b2", "rmsprop_decay")
+_MAY_BE_INFINITE = ("max_grad_norm", "target_kl", "obs_clip", "reward_clip", "anneal_env_steps", "value_clip_eps")
+
+
+def _check_hyper(name, value):
+    shown = value.item() if value.ndim == 0 else value.tolist()
+    if np.isnan(value).any():
+        raise RequestError(f"hypers.{name} = {shown} is not a number; give a finite one")
+    if (value < 0).any():
+        raise RequestError(f"hypers.{name} = {shown} is negative; give a value >= 0")
+    if name in _AT_MOST_ONE and (value > 1).any():
+        raise RequestError(f"hypers.{name} = {shown} is above 1; give a value in [0, 1]")
+    if name not in _MAY_BE_INFINITE and np.isinf(value).any():
+        raise RequestError(f"hypers.{name} = {shown} is infinite; give a finite value")
+    if name == "anneal_env_steps" and (value == 0).any():
+        raise RequestError("hypers.anneal_env_steps = 0; give the number of environment steps the run will take")
+
+
+def validate(setup: Setup, env: Environment) -> None:
+    """Raises RequestError for a setup that cannot run, naming the field, the value and the remedy."""
+    for name in ("num_envs", "num_steps", "num_epochs", "num_minibatches"):
+        value = getattr(setup, name)
+        if not isinstance(value, int) or value < 1:
+            raise RequestError(f"setup.{name} = {value!r} must be a whole number >= 1")
+    for name, choices in CHOICES.items():
+        value = getattr(setup, name)
+        if value not in choices:
+            raise RequestError(f"setup.{name} = {value!r} is not one of {', '.join(choices)}")
+    unrolls = setup.minibatch_by == "unroll"
+    parts, what = (setup.num_envs, "num_envs") if unrolls else (setup.num_envs * setup.num_steps, "num_envs * num_steps")
+    if parts % setup.num_minibatches:
+        near = [n for n in range(1, parts + 1) if parts % n == 0]
+        near = sorted(near, key=lambda n: abs(n - setup.num_minibatches))[:3]
+        raise RequestError(
+            f"setup.num_minibatches = {setup.num_minibatches} does not divide {what} = {parts}; "
+            f"try {', '.join(map(str, sorted(near)))}"
+        )
+    if setup.advantage_recompute == "minibatch" and not unrolls:
+        raise RequestError(
+            "setup.advantage_recompute = 'minibatch' needs time-contiguous samples; add setup.minibatch_by = 'unroll'"
+        )
+    if setup.boundary != "mask" and setup.brax_exact:
+        raise RequestError(f"setup.brax_exact = True has no effect with boundary = {setup.boundary!r}; use boundary = 'mask'")
+
+
+def _env_params(env: Environment, env_params: PyTree) -> PyTree:
+    """None stands for the defaults, which the compiler then sees as constants."""
+    return env.default_params if env_params is None else env_params

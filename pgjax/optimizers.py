@@ -1,0 +1,70 @@
+"""Optimisers over ravelled parameters, rebuilt from traced numbers wherever they are needed.
+
+One vector for the actor and one for the critic: on a CPU an update costs one small operation per array, and a network has
+a dozen. Measured on two 64-unit tanh layers and minibatches of 128, ravelling saves a quarter of a gradient step.
+"""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.flatten_util import ravel_pytree
+
+from pgjax.networks import ActorCritic
+
+
+def make_optimizer(setup, hypers) -> optax.GradientTransformation:
+    """The optimiser that ``setup.optimizer`` names, without learning rate: its updates are to be subtracted, scaled."""
+    match setup.optimizer:
+        case "adam":
+            return optax.scale_by_adam(b1=hypers.adam_b1, b2=hypers.adam_b2, eps=hypers.adam_eps)
+        case "rmsprop":
+            return optax.scale_by_rms(hypers.rmsprop_decay, hypers.rmsprop_eps, initial_scale=1.0, eps_in_sqrt=True)
+        case "rmsprop_torch":
+            return optax.scale_by_rms(hypers.rmsprop_decay, hypers.rmsprop_eps, initial_scale=0.0, eps_in_sqrt=False)
+    raise AssertionError(setup.optimizer)
+
+
+def ravel(params: ActorCritic) -> tuple[ActorCritic, Callable[[ActorCritic], ActorCritic]]:
+    """``params`` as one vector each for actor and critic, and the way back."""
+    actor, unravel_actor = ravel_pytree(params.actor)
+    critic, unravel_critic = ravel_pytree(params.critic)
+    return ActorCritic(actor, critic), lambda flat: ActorCritic(unravel_actor(flat.actor), unravel_critic(flat.critic))
+
+
+def init_opt_state(setup, hypers, params: ActorCritic) -> ActorCritic:
+    """One optimiser state for the actor and one for the critic."""
+    flat, _ = ravel(params)
+    optimizer = make_optimizer(setup, hypers)
+    return ActorCritic(optimizer.init(flat.actor), optimizer.init(flat.critic))
+
+
+def clip_gradient(setup, hypers, gradient: ActorCritic) -> tuple[ActorCritic, jax.Array]:
+    """``(clipped gradient, joint norm before clipping)``. As ``gradient_clip`` says, to ``max_grad_norm``."""
+    square = jax.tree.map(lambda g: (g**2).sum(), gradient)
+    norm = jnp.sqrt(square.actor + square.critic)
+    limit = hypers.max_grad_norm
+
+    def shrink(vector, norm):
+        return vector * jnp.minimum(1.0, limit / jnp.maximum(norm, 1e-12))
+
+    match setup.gradient_clip:
+        case "joint":
+            gradient = jax.tree.map(lambda g: shrink(g, norm), gradient)
+        case "separate":
+            gradient = jax.tree.map(lambda g, s: shrink(g, jnp.sqrt(s)), gradient, square)
+        case "elementwise":
+            gradient = jax.tree.map(lambda g: jnp.clip(g, -limit, limit), gradient)
+    return gradient, norm
+
+
+def descend(setup, hypers, params: ActorCritic, opt_state: ActorCritic, gradient: ActorCritic, learning_rate):
+    """One optimiser step down ``gradient`` on ravelled ``params``; returns ``(params, opt_state)``."""
+    optimizer = make_optimizer(setup, hypers)
+    rates = ActorCritic(learning_rate, learning_rate * hypers.critic_lr_scale)
+    stepped = [
+        optimizer.update(g, s) for g, s in zip(gradient, opt_state, strict=True)
+    ]
+    params = ActorCritic(*(p - rate * u for p, rate, (u, _) in zip(params, rates, stepped, strict=True)))
+    return params, ActorCritic(*(s for _, s in stepped))

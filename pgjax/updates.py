@@ -1,0 +1,214 @@
+"""Minibatch gradient descent on a policy objective with value loss and entropy bonus: most methods' ``update``.
+
+``loss = -mean(objective) + value_coef * value_loss - entropy_coef * entropy``, with the objective per sample, to be maximised.
+"""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+
+from pgjax.on_policy import Batch, Core, Hypers, Learner, with_values
+from pgjax.optimizers import clip_gradient, descend, ravel
+from pgjax.types import Objective, PyTree, Sample
+
+# ``(sample, hypers, extra) -> [N]``, to be maximised; ``extra`` is ``Learner.extra``.
+PolicyObjective = Callable[[Sample, Hypers, PyTree], jax.Array]
+
+
+def plug(objective, default: PolicyObjective) -> tuple[PolicyObjective, PyTree]:
+    """What a method maximises: ``default``, or the user's own objective in its place.
+
+    Args: objective: None, an ``Objective``, or a bare ``f(log_ratio, advantage) -> [N]``.
+    Returns: the objective as the update calls it, and the parameters that belong into ``hypers.objective``.
+    """
+    if objective is None:
+        return default, None
+    if isinstance(objective, Objective):
+        return lambda sample, hypers, extra: objective.fn(sample, hypers.objective), objective.params
+    return lambda sample, hypers, extra: objective(sample.log_ratio, sample.advantage), None
+
+
+def masked_mean(x: jax.Array, weight: jax.Array | None) -> jax.Array:
+    """Mean over the samples whose weight is one; over all if ``weight`` is None; 0 if there are none."""
+    if weight is None:
+        return x.mean()
+    return (x * weight).sum() / jnp.maximum(weight.sum(), 1)
+
+
+def normalize_advantage(batch: Batch) -> Batch:
+    """Advantages with mean 0 and population standard deviation 1 over the counted samples; the others become 0."""
+    advantage, weight = batch.advantage, batch.weight
+    centred = advantage - masked_mean(advantage, weight)
+    normalized = centred / (jnp.sqrt(masked_mean(centred**2, weight)) + 1e-8)
+    return batch.replace(advantage=normalized if weight is None else normalized * weight)
+
+
+def value_loss(setup, hypers: Hypers, value, value_old, value_target) -> jax.Array:
+    """Half the squared error [N], or PPO's pessimistic clipped form of it (openai/baselines ppo2)."""
+    error = (value - value_target) ** 2
+    if setup.value_loss == "clipped":
+        clipped = value_old + jnp.clip(value - value_old, -hypers.value_clip_eps, hypers.value_clip_eps)
+        error = jnp.maximum(error, (clipped - value_target) ** 2)
+    return 0.5 * error
+
+
+def surrogate_loss(core: Core, objective: PolicyObjective, key, params, minibatch: Batch, extra, hypers, progress):
+    """The loss of one minibatch, to be minimised, and what it was made of.
+
+    ``key`` is for the sampled entropy of distributions that have no closed form.
+    """
+    dist = core.networks.policy(params, minibatch.obs)
+    log_ratio = dist.log_prob(minibatch.action) - minibatch.log_prob_old
+    sample = Sample(log_ratio, minibatch.advantage, dist, minibatch.dist_old, progress)
+    weight = minibatch.weight
+    loss_policy = -masked_mean(objective(sample, hypers, extra), weight)
+    loss = loss_policy - hypers.entropy_coef * masked_mean(dist.entropy(key), weight)
+    # E[ratio - 1 - log ratio], never negative: the sampled KL(old || new) with the least variance.
+    parts = {"loss_policy": loss_policy, "kl_sampled": masked_mean(jnp.expm1(log_ratio) - log_ratio, weight)}
+    if minibatch.value_target is not None:
+        parts["loss_value"] = value_fit(core, params, minibatch, hypers)
+        loss = loss + hypers.value_coef * parts["loss_value"]
+    return loss, (parts, dist)
+
+
+def value_fit(core: Core, params, minibatch: Batch, hypers) -> jax.Array:
+    """The critic's mean loss on a minibatch."""
+    value = core.networks.value(params, minibatch.obs)
+    error = value_loss(core.setup, hypers, value, minibatch.value, minibatch.value_target)
+    return masked_mean(error, minibatch.weight)
+
+
+def samples_of(setup, batch: Batch) -> Batch:
+    """The batch with what is shuffled in front: samples [T * B] by transition, environments [B, T] by unroll."""
+    if setup.minibatch_by == "transition":
+        return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), batch)
+    return jax.tree.map(lambda x: x.swapaxes(0, 1), batch)
+
+
+def shuffled(setup, key: jax.Array, num_epochs: int) -> jax.Array:
+    """Indices [num_epochs * num_minibatches, size]: every epoch has every sample once, in an order of its own."""
+    num = setup.num_envs * (setup.num_steps if setup.minibatch_by == "transition" else 1)
+    # All epochs in one draw: each call of the generator costs compile time, and this is on the way of every run's start.
+    order = jnp.broadcast_to(jnp.arange(num, dtype=jnp.int32), (num_epochs, num))
+    order = jax.random.permutation(key, order, axis=1, independent=True)
+    return order.reshape(num_epochs * setup.num_minibatches, -1)
+
+
+def pick(setup, samples: Batch, index: jax.Array) -> Batch:
+    """The minibatch of these indices."""
+    minibatch = jax.tree.map(lambda x: x[index], samples)
+    if setup.minibatch_by == "unroll":
+        minibatch = jax.tree.map(lambda x: x.swapaxes(0, 1), minibatch)
+    return minibatch
+
+
+def minibatch_sgd(objective: PolicyObjective, estimate: Callable) -> Callable:
+    """Makes an ``update``: ``num_epochs`` passes over shuffled minibatches, one optimiser step each.
+
+    Args: objective: see ``PolicyObjective``. estimate: the method's advantage estimator, for recomputation.
+    """
+
+    def update(core: Core, key, learner: Learner, batch: Batch, hypers: Hypers, progress):
+        setup = core.setup
+        params, unravel = ravel(learner.params)
+        learning_rate = scheduled_learning_rate(setup, hypers, progress)
+
+        def reestimate(params, batch):
+            again = estimate(core, hypers, learner, with_values(core, unravel(params), batch))
+            # The clipped value loss stays around the value at the rollout.
+            return jax.lax.stop_gradient(again.replace(value=batch.value))
+
+        def minibatch_step(carry, step, samples):
+            number, index = step
+            params, opt_state, lr_scale, active = carry
+            minibatch = pick(setup, samples, index)
+            if setup.advantage_recompute == "minibatch":
+                minibatch = reestimate(params, minibatch)
+            if setup.normalize_advantage == "minibatch":
+                minibatch = normalize_advantage(minibatch)
+
+            def loss(params):
+                # Folded in here, where it disappears from the program if the entropy has a closed form.
+                key = jax.random.fold_in(key_entropy, number)
+                return surrogate_loss(core, objective, key, unravel(params), minibatch, learner.extra, hypers, progress)
+
+            gradient, (parts, dist) = jax.grad(loss, has_aux=True)(params)
+            kl = parts["kl_sampled"]
+            if setup.early_stop == "minibatch":
+                active = active & ~(kl > hypers.target_kl)
+            gradient, norm = clip_gradient(setup, hypers, gradient)
+            stepped = descend(setup, hypers, params, opt_state, gradient, learning_rate * lr_scale)
+            if setup.learning_rate_schedule == "adaptive_kl":
+                # paper: none / authors' code: brax's PPO after RSL-RL, per minibatch / here: the same.
+                exact_kl = minibatch.dist_old.kl(dist).mean()
+                factor = jnp.where(exact_kl > 2 * hypers.desired_kl, 1 / 1.5, 1.0)
+                factor = jnp.where((exact_kl > 0) & (exact_kl < hypers.desired_kl / 2), 1.5, factor)
+                scaled = jnp.clip(learning_rate * lr_scale * factor, 1e-5, 1e-2) / learning_rate
+                lr_scale = jnp.where(active, scaled, lr_scale)
+            if setup.early_stop != "off":
+                # A masked step of fixed length: under vmap a loop that ends early would wait for the slowest lane.
+                stepped = jax.tree.map(lambda new, old: jnp.where(active, new, old), stepped, (params, opt_state))
+            out = {**parts, "grad_norm": norm, "taken": active.astype(jnp.float32)}
+            if setup.early_stop == "epoch":
+                last = (number + 1) % setup.num_minibatches == 0
+                active = active & ~(last & (kl > hypers.target_kl))
+            return (*stepped, lr_scale, active), out
+
+        def run_steps(carry, steps):
+            data = batch
+            if setup.advantage_recompute == "epoch":
+                data = reestimate(carry[0], batch)
+            if setup.normalize_advantage == "batch":
+                data = normalize_advantage(data)
+            samples = samples_of(setup, data)
+            return jax.lax.scan(lambda carry, step: minibatch_step(carry, step, samples), carry, steps)
+
+        key_permute, key_entropy = jax.random.split(key)
+        indices = shuffled(setup, key_permute, setup.num_epochs)
+        steps = (jnp.arange(setup.num_epochs * setup.num_minibatches), indices)
+        carry = (params, learner.opt_state, learner.lr_scale, jnp.ones((), bool))
+        if setup.advantage_recompute == "epoch":
+            steps = jax.tree.map(lambda x: x.reshape(setup.num_epochs, setup.num_minibatches, *x.shape[1:]), steps)
+            carry, out = jax.lax.scan(run_steps, carry, steps)
+        else:
+            carry, out = run_steps(carry, steps)
+        params, opt_state, lr_scale, _ = carry
+        learner = learner.replace(params=unravel(params), opt_state=opt_state, lr_scale=lr_scale)
+        taken = out.pop("taken")
+        weight = taken / jnp.maximum(taken.sum(), 1)
+        out = {name: (value * weight).sum() for name, value in out.items()}
+        out["learning_rate"] = learning_rate * lr_scale
+        if setup.early_stop != "off":
+            out["steps_taken"] = taken.mean()
+        return learner, out
+
+    return update
+
+
+def fit_value(core: Core, key, learner: Learner, batch: Batch, hypers: Hypers, progress, *, num_epochs: int) -> Learner:
+    """Gradient steps on the critic alone: ``num_epochs`` passes over shuffled minibatches of the batch."""
+    setup = core.setup
+    params, unravel = ravel(learner.params)
+    rate = scheduled_learning_rate(setup, hypers, progress) * learner.lr_scale
+
+    def minibatch_step(carry, index):
+        params, opt_state = carry
+        minibatch = pick(setup, samples, index)
+        gradient = jax.grad(lambda params: hypers.value_coef * value_fit(core, unravel(params), minibatch, hypers))(params)
+        gradient, _ = clip_gradient(setup, hypers, gradient)
+        new_params, new_opt_state = descend(setup, hypers, params, opt_state, gradient, rate)
+        # The actor's gradient is zero here, yet Adam would still move it by its momentum.
+        return (params._replace(critic=new_params.critic), opt_state._replace(critic=new_opt_state.critic)), None
+
+    samples = samples_of(setup, batch)
+    indices = shuffled(setup, key, num_epochs)
+    carry, _ = jax.lax.scan(minibatch_step, (params, learner.opt_state), indices)
+    return learner.replace(params=unravel(carry[0]), opt_state=carry[1])
+
+
+def scheduled_learning_rate(setup, hypers: Hypers, progress) -> jax.Array:
+    """The base rate of this iteration: falling linearly to zero over the run, or constant."""
+    if setup.learning_rate_schedule == "linear":
+        return hypers.learning_rate * (1 - progress)
+    return hypers.learning_rate
