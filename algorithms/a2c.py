@@ -5,6 +5,7 @@ gives those back), value regression and an entropy bonus.
 """
 
 import dataclasses
+from typing import Literal
 
 import jax
 from flax import struct
@@ -17,7 +18,7 @@ from pgjax.updates import minibatch_sgd, plug
 class Setup(on_policy.Setup):
     num_envs: int = 64
     num_steps: int = 16
-    normalize_advantage: str = "none"
+    normalize_advantage: Literal["minibatch", "batch", "none"] = "none"
 
 
 @struct.dataclass

@@ -4,6 +4,7 @@ The details that the paper leaves to its code follow openai/baselines ppo2 and v
 """
 
 import dataclasses
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -17,7 +18,7 @@ from pgjax.updates import minibatch_sgd, plug
 class Setup(on_policy.Setup):
     num_epochs: int = 4
     num_minibatches: int = 4
-    value_loss: str = "clipped"
+    value_loss: Literal["clipped", "squared"] = "clipped"
 
 
 @struct.dataclass

@@ -5,6 +5,7 @@ as in all public code.
 """
 
 import dataclasses
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -26,9 +27,9 @@ class Setup(on_policy.Setup):
     """
 
     num_steps: int = 500
-    normalize_advantage: str = "none"
-    baseline: str = "value"
-    tail: str = "mask"
+    normalize_advantage: Literal["minibatch", "batch", "none"] = "none"
+    baseline: Literal["value", "batch_mean", "none"] = "value"
+    tail: Literal["mask", "bootstrap"] = "mask"
     value_steps: int = 1
 
 
@@ -90,9 +91,6 @@ def make(env, setup: Setup = Setup(), hypers: Hypers = Hypers(), *, objective=No
 
 
 def _validate(setup: Setup) -> None:
-    for name, choices in {"baseline": ("value", "batch_mean", "none"), "tail": ("mask", "bootstrap")}.items():
-        if getattr(setup, name) not in choices:
-            raise RequestError(f"setup.{name} = {getattr(setup, name)!r} is not one of {', '.join(choices)}")
     if setup.tail == "bootstrap" and setup.baseline != "value":
         raise RequestError(f"setup.tail = 'bootstrap' needs a critic; use baseline = 'value' instead of {setup.baseline!r}")
     if setup.boundary == "mask":

@@ -159,7 +159,8 @@ def _check_options(name: str, options: dict, factory: Callable, shared: tuple[st
 
 def __getattr__(attribute: str):
     # Importing a library for its adapter takes a second or more, so it waits for the first use.
-    home = {"from_gymnax": "gymnax", "from_brax": "brax", "AutoReset": "auto_reset"}.get(attribute)
+    homes = {"from_gymnax": "gymnax", "from_brax": "brax", "AutoReset": "auto_reset", "change_params": "params"}
+    home = homes.get(attribute)
     if home is None:
         raise AttributeError(f"module {__name__!r} has no attribute {attribute!r}")
     return getattr(importlib.import_module(f"{__name__}.{home}"), attribute)

@@ -62,6 +62,7 @@ class AutoReset:
 
     Raises:
         RequestError: unknown ``reset_mode``.
+        ValueError: the observation that ``start`` returns is not of the space's shape.
         TypeError: while tracing, if ``advance`` returns a state of another structure, shape or kind than it was given.
     """
 
@@ -131,9 +132,10 @@ class AutoReset:
     def presample(self, key: jax.Array, params: PyTree) -> PyTree:
         """All random numbers that steps with these keys will use, drawn in a few large operations.
 
-        ``step_presampled`` with row t of the result equals ``step`` with row t of the keys. A rollout that draws before its
-        scan spares every step the hashing of keys, and in mode ``"exact"`` the drawing of starts: on CartPole with four
-        environments on a CPU that is two thirds of the rollout's time.
+        ``step_presampled`` with row t of the result equals ``step`` with row t of the keys. A rollout that draws before
+        its scan spares every step the hashing of keys, and in mode ``"exact"`` the drawing of starts: on CartPole with
+        four environments on a CPU that is two thirds of the rollout's time. Starts that are far larger than their
+        observations are left to the steps: a rollout of them would outgrow the rollout itself.
 
         Args: key: [..., B] typed keys.  Returns: pytree of [..., B, ...].
         """
@@ -141,10 +143,10 @@ class AutoReset:
         key_advance, key_restart = None, flat
         if self._advance_uses_key:
             key_advance, key_restart = jax.vmap(jax.random.split, out_axes=1)(flat)
-        if self.reset_mode == "exact":
-            restart = self._starts(key_restart, params)
-        else:
+        if self.reset_mode == "pool":
             restart = jax.vmap(jax.random.bits)(key_restart)
+        else:
+            restart = self._starts(key_restart, params) if self._starts_are_small(key_restart, params) else key_restart
         return jax.tree.map(lambda x: x.reshape(*key.shape, *x.shape[1:]), (key_advance, restart))
 
     def step_presampled(
@@ -166,14 +168,14 @@ class AutoReset:
             pick = restart % np.uint32(env_state.pool_obs.shape[0])
             fresh, fresh_obs = jax.tree.map(lambda x: x[pick], (env_state.pool_state, env_state.pool_obs))
         else:
-            fresh, fresh_obs = restart
+            fresh, fresh_obs = restart if isinstance(restart, tuple) else self._starts(restart, params)
         ended = terminated | truncated
         state, obs = jax.tree.map(lambda new, old: _where(ended, new, old), (fresh, fresh_obs), (advanced, final_obs))
         env_state = env_state.replace(state=state) if pooled else state
         return env_state, TimeStep(obs, _as(reward, jnp.float32), terminated, truncated, final_obs, metrics)
 
     def refresh(self, key: jax.Array, env_state: PyTree, params: PyTree) -> PyTree:
-        """Draws the whole pool anew, leaving running episodes alone; the identity in mode ``"exact"``. ``key`` is one key."""
+        """Draws the whole pool anew from one key, leaving running episodes alone; the identity in mode ``"exact"``."""
         if self.reset_mode == "exact":
             return env_state
         pool_state, pool_obs = self._starts(jax.random.split(key, env_state.pool_obs.shape[0]), params)
@@ -184,10 +186,19 @@ class AutoReset:
         # Weakly typed leaves (a counter that starts at a Python 0) would change type after the first step.
         return jax.tree.map(lambda x: _as(x, x.dtype), state), _as(obs, jnp.float32)
 
+    def _starts_are_small(self, key: jax.Array, params: PyTree) -> bool:
+        state, obs = jax.eval_shape(self._starts, key[:1], params)
+        size = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(state))
+        return size <= max(1024, 4 * obs.size * obs.dtype.itemsize)
+
     def _finds_key_used(self) -> bool:
         key = jax.random.key(0)
-        state, _ = jax.eval_shape(self._start, key, self.default_params)
-        state = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), state)
+        state, obs = jax.eval_shape(self._start, key, self.default_params)
+        if obs.shape != self.observation_space.shape:
+            raise ValueError(
+                f"{self.name}: start returns an observation of shape {obs.shape}, "
+                f"its observation_space says {self.observation_space.shape}"
+            )
         action = jax.ShapeDtypeStruct(self.action_space.shape, self.action_space.dtype)
         return uses_key(self._advance, key, state, action, self.default_params)
 
@@ -216,8 +227,8 @@ def _keep_dtypes(new: PyTree, old: PyTree) -> PyTree:
         n = jnp.asarray(n)
         if n.shape != o.shape or not _converts(n.dtype, o.dtype):
             raise TypeError(
-                f"the state's leaf {jax.tree_util.keystr(path) or 'itself'} is {o.dtype}{list(o.shape[1:])} at the start "
-                f"of an episode and {n.dtype}{list(n.shape[1:])} after a step; make the two alike"
+                f"the state's leaf {jax.tree_util.keystr(path) or 'itself'} is {o.dtype}{list(o.shape[1:])} at an episode's "
+                f"start and {n.dtype}{list(n.shape[1:])} after a step; make the two alike"
             )
         return _as(n, o.dtype)
 

@@ -21,8 +21,8 @@ from pgjax.envs.deferred import deferred_imports
 from pgjax.errors import RequestError
 from pgjax.spaces import Box
 
-# MJX wants these only for meshes, which no Brax task has; they cost as much as Brax itself. MuJoCo prints a line when it
-# is imported without its Warp backend, which is not used here.
+# MJX wants these only for meshes, which no Brax task has; they cost as much as Brax itself. MuJoCo prints a line when
+# it is imported without its Warp backend, which is not used here.
 with deferred_imports("trimesh", "scipy.spatial"), contextlib.redirect_stdout(io.StringIO()):
     import brax.envs
     import mujoco
@@ -54,7 +54,7 @@ def from_brax(env, episode_length: int = 1000, reset_mode: str = "pool", name: s
     """An ``Environment`` made of a Brax environment.
 
     Actions are in [-1, 1], which Brax's tasks scale to their actuators; they are passed on as they are. A dict of
-    observations is flattened and joined in the order of its sorted keys. Brax's own metrics become ``TimeStep.metrics``.
+    observations is flattened and joined in the order of its sorted keys. Brax's own metrics are ``TimeStep.metrics``.
     What a task derives from its system in its constructor stays as it was when ``params.sys`` is changed.
 
     Args:
@@ -68,7 +68,8 @@ def from_brax(env, episode_length: int = 1000, reset_mode: str = "pool", name: s
     """
     if episode_length < 1:
         raise RequestError(f"episode_length = {episode_length} must be at least 1")
-    sys = getattr(env, "sys", None)
+    # A Python number today and an array tomorrow would compile twice.
+    sys = jax.tree.map(lambda x: x if np.ndim(x) else np.asarray(x, jnp.result_type(x))[()], getattr(env, "sys", None))
 
     def start(key, params):
         state = _with_sys(env, params.sys).reset(key)

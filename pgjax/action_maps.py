@@ -46,11 +46,9 @@ def make_action_map(name: str, action_space: Space) -> ActionMap:
         raise RequestError(f"action_map = 'identity' is for discrete actions; for a Box use {', '.join(_BOX_MAPS)}")
 
     low, high = action_space.bounds
-    if name.endswith("affine") and not (np.isfinite(low).all() and np.isfinite(high).all()):
+    affine = name.endswith("affine")
+    if affine and not (np.isfinite(low).all() and np.isfinite(high).all()):
         raise RequestError(f"action_map = {name!r} needs finite bounds, the action space has none; use 'clip'")
-    # In float64 because high - low may exceed float32; the last clip undoes the rounding of the affine map.
-    low64, high64 = low.astype(np.float64), high.astype(np.float64)
-    centre, half = ((high64 + low64) / 2).astype(np.float32), ((high64 - low64) / 2).astype(np.float32)
     squash = {"clip": lambda u: u, "clip_affine": lambda u: jnp.clip(u, -1.0, 1.0)}.get(name, jnp.tanh)
 
     def action_map(action: jax.Array) -> jax.Array:
@@ -58,8 +56,8 @@ def make_action_map(name: str, action_space: Space) -> ActionMap:
             return jnp.broadcast_to(jnp.asarray(bound, action.dtype), action.shape)
 
         action = squash(action)
-        if name.endswith("affine"):
-            action = fill(centre) + fill(half) * action
-        return jnp.clip(action, fill(low), fill(high))
+        if affine:  # halved before adding, because high - low may exceed float32
+            action = fill(low / 2 + high / 2) + fill(high / 2 - low / 2) * action
+        return jnp.clip(action, fill(low), fill(high))  # after an affine map this takes off the rounding
 
     return action_map

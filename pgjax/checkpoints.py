@@ -255,7 +255,7 @@ def _write_arrays(path: Path, arrays: dict[str, np.ndarray]) -> None:
 
     path.mkdir()
     # The handler alone, one file an array, and no finalize(), which only merges files of the other layout: three times
-    # faster. What Orbax's Checkpointer adds, a rename when all is written, the caller does for arrays and record at once.
+    # faster. What the Checkpointer adds, a rename when all is written, the caller does for arrays and record at once.
     handler = ocp.PyTreeCheckpointHandler(use_ocdbt=False)
     try:
         save_args = jax.tree.map(lambda _: ocp.SaveArgs(chunk_byte_size=CHUNK_BYTES), arrays)

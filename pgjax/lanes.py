@@ -75,6 +75,13 @@ class Spread:
 
         return sharded
 
+    @property
+    def sharding(self) -> jax.sharding.Sharding:
+        """Where padded lanes live."""
+        if len(self.devices) == 1:
+            return jax.sharding.SingleDeviceSharding(self.devices[0])
+        return NamedSharding(self._mesh, PartitionSpec("lanes"))
+
     def pad(self, tree: Any) -> Any:
         """Lanes [L, ...] on the host or one device to padded lanes."""
         index = np.arange(self.num_padded) % self.num_lanes
@@ -82,9 +89,7 @@ class Spread:
 
     def put(self, tree: Any) -> Any:
         """Places padded lanes on their devices."""
-        if len(self.devices) == 1:
-            return jax.device_put(tree, self.devices[0])
-        return jax.device_put(tree, NamedSharding(self._mesh, PartitionSpec("lanes")))
+        return jax.device_put(tree, self.sharding)
 
     def share(self, tree: Any) -> Any:
         """Places what all lanes share on every device."""

@@ -7,7 +7,7 @@ the normalisers, lives here once.
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args, get_origin, get_type_hints
 
 import jax
 import jax.numpy as jnp
@@ -54,20 +54,20 @@ class Setup:
     num_steps: int = 128
     num_epochs: int = 1
     num_minibatches: int = 1
-    minibatch_by: str = "transition"
-    boundary: str = "bootstrap"
-    advantage_form: str = "gae"
+    minibatch_by: Literal["transition", "unroll"] = "transition"
+    boundary: Literal["bootstrap", "mask", "terminate"] = "bootstrap"
+    advantage_form: Literal["gae", "brax"] = "gae"
     brax_exact: bool = False
-    advantage_recompute: str = "rollout"
-    normalize_advantage: str = "minibatch"
-    value_loss: str = "squared"
-    learning_rate_schedule: str = "linear"
-    optimizer: str = "adam"
-    gradient_clip: str = "joint"
-    early_stop: str = "off"
+    advantage_recompute: Literal["rollout", "epoch", "minibatch"] = "rollout"
+    normalize_advantage: Literal["minibatch", "batch", "none"] = "minibatch"
+    value_loss: Literal["clipped", "squared"] = "squared"
+    learning_rate_schedule: Literal["linear", "constant", "adaptive_kl"] = "linear"
+    optimizer: Literal["adam", "rmsprop", "rmsprop_torch"] = "adam"
+    gradient_clip: Literal["joint", "separate", "elementwise", "none"] = "joint"
+    early_stop: Literal["off", "minibatch", "epoch"] = "off"
     normalize_obs: bool = False
     normalize_value: bool = False
-    reward_scaling: str = "none"
+    reward_scaling: Literal["none", "batch", "per_step", "purejaxrl"] = "none"
     distribution: str = "auto"
     action_map: str = "auto"
     torso: str = "auto"
@@ -77,21 +77,6 @@ class Setup:
     activation: str = "tanh"
     kernel_init: str = "orthogonal"
     policy_head_scale: float | None = 0.01
-
-
-CHOICES = {
-    "minibatch_by": ("transition", "unroll"),
-    "boundary": ("bootstrap", "mask", "terminate"),
-    "advantage_form": ("gae", "brax"),
-    "advantage_recompute": ("rollout", "epoch", "minibatch"),
-    "normalize_advantage": ("minibatch", "batch", "none"),
-    "value_loss": ("clipped", "squared"),
-    "learning_rate_schedule": ("linear", "constant", "adaptive_kl"),
-    "optimizer": ("adam", "rmsprop", "rmsprop_torch"),
-    "gradient_clip": ("joint", "separate", "elementwise", "none"),
-    "early_stop": ("off", "minibatch", "epoch"),
-    "reward_scaling": ("none", "batch", "per_step", "purejaxrl"),
-}
 
 
 @struct.dataclass
@@ -319,11 +304,17 @@ def make(
         dist = networks.policy(ActorCritic(policy.actor, None), obs)
         return core.action_map(dist.mode() if key is None else dist.sample(key))
 
+    def warm_start(state, policy):
+        learner = state.learner
+        params = learner.params._replace(actor=policy.actor)
+        return state.replace(learner=learner.replace(params=params, obs_moments=policy.obs_moments))
+
     return Algorithm(
         init=init,
         step=step,
         policy=lambda state: Policy(state.learner.params.actor, state.learner.obs_moments, state.obs_clip),
         act=act,
+        warm_start=warm_start,
         setup=setup,
         hypers=hypers,
         name=name,
@@ -529,10 +520,10 @@ def validate(setup: Setup, env: Environment) -> None:
         value = getattr(setup, name)
         if not isinstance(value, int) or value < 1:
             raise RequestError(f"setup.{name} = {value!r} must be a whole number >= 1")
-    for name, choices in CHOICES.items():
+    for name, hint in get_type_hints(type(setup)).items():
         value = getattr(setup, name)
-        if value not in choices:
-            raise RequestError(f"setup.{name} = {value!r} is not one of {', '.join(choices)}")
+        if get_origin(hint) is Literal and value not in get_args(hint):
+            raise RequestError(f"setup.{name} = {value!r} is not one of {', '.join(get_args(hint))}")
     unrolls = setup.minibatch_by == "unroll"
     parts, what = (setup.num_envs, "num_envs") if unrolls else (setup.num_envs * setup.num_steps, "num_envs * num_steps")
     if parts % setup.num_minibatches:

@@ -1,10 +1,12 @@
 """Runs a specification on the host: lanes, chunks, evaluation, checkpoints and progress."""
 
+import copy
 import dataclasses
 import math
 import signal
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import jax
@@ -13,9 +15,8 @@ import numpy as np
 
 import pgjax
 from pgjax import lanes as lanes_
-from pgjax import metrics as metrics_
 from pgjax import training
-from pgjax.errors import RequestError, RunError
+from pgjax.errors import RequestError, RunError, close_names
 from pgjax.evaluation import Episodes, evaluate
 from pgjax.on_policy import as_hypers
 from pgjax.store import RunStore
@@ -25,6 +26,8 @@ from pgjax.types import Algorithm, Environment
 CHUNK_ROWS = 16
 # Seconds of work per call: long enough to hide the host, short enough that Ctrl-C and the display feel prompt.
 CHUNK_SECONDS = 1.0
+# Checkpoints are no closer than this, so that short runs are not all writing.
+CHECKPOINT_SECONDS = 5.0
 # Share of the wall time that checkpoints, and evaluations, may take.
 CHECKPOINT_SHARE, EVALUATION_SHARE = 0.05, 0.2
 # Evaluations that take less than this in all are never cut down.
@@ -147,48 +150,316 @@ class _Run:
         self.spec, self.store, self.algorithm, self.interrupt = spec, store, algorithm, interrupt
         self.report = lambda kind, **data: report(Event(kind, data))
         self.schedule = training.make_schedule(algorithm, spec.total_env_steps, spec.log_every, spec.num_evals)
+        self.env_steps_after = np.concatenate([[0], np.cumsum(self.schedule.iterations)]) * self.schedule.env_steps_per_iteration
         self.lanes = [(config, seed) for config in range(len(spec.configs)) for seed in spec.seeds]
         hypers = [
             training.with_horizon(as_hypers(algorithm.hypers, **config), self.schedule.env_steps)
             for config in spec.configs
         ]
         self.hypers = lanes_.stack_lanes([hypers[config] for config, _ in self.lanes])
-        self.keys = jax.vmap(jax.random.key)(np.asarray([seed for _, seed in self.lanes], np.uint32))
+        self.keys = jax.vmap(jax.random.key)(jnp.asarray([seed for _, seed in self.lanes], jnp.uint32))
+        self.warm_policy = load_policies(spec.init_policy, algorithm)[0] if spec.init_policy else None
+        restored = store.latest(self._like)
+        if restored and restored.warning:
+            self.report("note", text=restored.warning)
+        self.restored = restored.state if restored else None
+        # What a resumed run must know; saved with every checkpoint.
         default = DEFAULT_EPISODES.get(spec.env.split("/")[0], OTHER_EPISODES)
-        self.eval_episodes = spec.eval_episodes or store.get("eval_episodes") or default
-        self.timings = {"compile": 0.0, "train": 0.0, "evaluate": 0.0, "save": 0.0}
-        self.nonfinite = {tuple(lane) for lane in store.get("nonfinite") or ()}
+        self.record = restored.record if restored else {
+            "first_lane": 0,
+            "group_size": None,
+            "row": 0,
+            "eval_episodes": spec.eval_episodes or default,
+            "nonfinite": [],
+            "seconds": {"compile": 0.0, "train": 0.0, "evaluate": 0.0, "save": 0.0},
+        }
         self.started = time.perf_counter()
 
+    def _like(self, record):
+        """Structure of the state that a checkpoint with this record holds."""
+        num_lanes = min(record["group_size"], len(self.lanes) - record["first_lane"])
+        keys, hypers = jax.tree.map(lambda x: x[:num_lanes], (self.keys, self.hypers))
+        return jax.eval_shape(jax.vmap(self.init_lane), keys, hypers)
+
+    def init_lane(self, key, hypers):
+        """A fresh state of one lane, from its seed's key."""
+        state = self.algorithm.init(training.lane_keys(key)[0], hypers)
+        return state if self.warm_policy is None else self.algorithm.warm_start(state, self.warm_policy)
+
     def execute(self) -> RunResult:
-        start = self.store.last_record() or {"group": 0, "row": 0, "env_steps": 0}
         self.report(
             "started",
             lanes=len(self.lanes),
             env_steps=self.schedule.env_steps,
-            resumed_env_steps=start["env_steps"],
+            done_env_steps=int(self.env_steps_after[self.record["row"]]),
             path=str(self.store.path),
         )
         self.store.set_status("running")
-        group, status = self._first_group(start["group"]), "finished"
-        while True:
-            state, row = group.restore() if group.index == start["group"] and start["row"] else (group.init(), 0)
-            if not group.train(state, row):
-                status = "interrupted"
+        group = self._first_group()
+        while group.train():
+            # The last checkpoint of a group still names the group: a run resumed there finds nothing left to do in it.
+            self.record.update(first_lane=int(group.lanes[-1]) + 1, row=0)
+            if self.record["first_lane"] == len(self.lanes):
                 break
-            self._save_policies(group)
-            if group.lanes[-1] == len(self.lanes) - 1:
-                break
-            group = group.next()
-        if status == "finished" and self.nonfinite:
+            group = _Group(self, self.record["group_size"])
+        status = "interrupted" if self.record["first_lane"] < len(self.lanes) else "finished"
+        nonfinite = [tuple(lane) for lane in self.record["nonfinite"]]
+        if status == "finished" and nonfinite:
             status = "failed"
-        self.timings["total"] = time.perf_counter() - self.started
-        self.store.finish(status, nonfinite=sorted(self.nonfinite), timings=self.timings)
-        record = self.store.last_record() or start
-        result = RunResult(status, str(self.store.path), record["env_steps"], sorted(self.nonfinite), self.timings)
+        seconds = {**self.record["seconds"], "session": time.perf_counter() - self.started}
+        self.store.finish(status, nonfinite=nonfinite, seconds=seconds)
+        result = RunResult(status, str(self.store.path), int(self.env_steps_after[self.record["row"]]), nonfinite, seconds)
+        if status != "interrupted":
+            result = dataclasses.replace(result, env_steps=self.schedule.env_steps)
         self.report("finished", result=result)
         return result
 
+    def _first_group(self) -> "_Group":
+        """The group to begin or go on with: all remaining lanes if memory allows, else as many as do."""
+        if self.record["group_size"]:
+            return _Group(self, self.record["group_size"])
+        group = _Group(self, len(self.lanes))
+        available = lanes_.available_bytes(group.spread.devices[0])
+        if group.bytes <= available:
+            self.record["group_size"] = len(self.lanes)
+            return group
+        num_devices = len(group.spread.devices)
+        size = int(len(self.lanes) * available / group.bytes) // num_devices * num_devices
+        if size < 1:
+            raise RunError(
+                f"one lane needs about {group.bytes / len(self.lanes) / 2**20:.0f} MiB and {available / 2**20:.0f} MiB are "
+                "free; lower setup.num_envs or setup.num_steps"
+            )
+        self.record["group_size"] = size
+        count = math.ceil(len(self.lanes) / size)
+        self.report(
+            "note",
+            text=f"{len(self.lanes)} lanes need about {group.bytes / 2**30:.1f} GiB and {available / 2**30:.1f} GiB are free: "
+            f"training {count} groups of at most {size} lanes, one after the other",
+        )
+        return _Group(self, size)
+
 
 class _Group:
-    """Lanes that are trained together, and the programs compiled for their number."""
+    """Lanes that are trained together, from ``record["first_lane"]`` on, and the programs compiled for them."""
+
+    def __init__(self, run: _Run, size: int):
+        self.run = run
+        self.algorithm = algorithm = run.algorithm
+        first = run.record["first_lane"]
+        self.lanes = np.arange(first, min(first + size, len(run.lanes)))
+        devices = lanes_.choose_devices(len(self.lanes), algorithm.env.host_callback, run.spec.devices)
+        self.spread = spread = lanes_.Spread(len(self.lanes), devices)
+        self.keys, self.hypers = spread.pad((run.keys[self.lanes], jax.tree.map(lambda x: x[self.lanes], run.hypers)))
+
+        started = time.perf_counter()
+        # Initialisers run as one single-device program: batched QR decompositions running at once on two host devices of
+        # one process deadlock. It runs once, so it is compiled fast rather than well, while the other one compiles.
+        init = jax.jit(jax.vmap(run.init_lane)).lower(self.keys, self.hypers)
+        place = jax.sharding.SingleDeviceSharding(devices[0]) if len(devices) == 1 else spread.sharding
+        state = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), init.out_info)
+        self.hypers = spread.put(self.hypers)
+        chunk = jax.jit(spread.map(self._chunk, 2), donate_argnums=0).lower(
+            state, self.hypers, spread.share(jnp.zeros(CHUNK_ROWS, jnp.int32))
+        )
+        with ThreadPoolExecutor(2) as pool:
+            compiling = pool.submit(init.compile, {"xla_backend_optimization_level": 0} if on_cpu(devices) else None)
+            self.chunk = chunk.compile()
+            self.init = compiling.result()
+        self._evaluate = {}
+        self.bytes = lanes_.program_bytes(self.chunk, len(devices))
+        self.run.record["seconds"]["compile"] += time.perf_counter() - started
+        run.report("compiled", seconds=time.perf_counter() - started, bytes=self.bytes, devices=len(devices), lanes=len(self.lanes))
+
+    def _chunk(self, state, hypers, iterations):
+        return training.run_rows(self.algorithm, state, hypers, iterations)
+
+    def train(self) -> bool:
+        """Trains from the record's row to the end of the budget; False if interrupted before."""
+        run, record, schedule = self.run, self.run.record, self.run.schedule
+        state = self._start()
+        eval_rows = set(schedule.eval_rows)
+        total = len(schedule.iterations)
+        num_rows, saved_at, save_seconds = 1, time.perf_counter(), 0.0
+        pending = _Rows()
+        while record["row"] < total:
+            row = record["row"]
+            until = min(row + num_rows, row + CHUNK_ROWS, min((r for r in eval_rows if r > row), default=total))
+            counts = np.zeros(CHUNK_ROWS, np.int32)
+            counts[: until - row] = schedule.iterations[row:until]
+            started = time.perf_counter()
+            state, rows = self.chunk(state, self.hypers, self.spread.share(jnp.asarray(counts)))
+            rows = {name: value[:, : until - row] for name, value in self.spread.take(rows).items()}
+            seconds = time.perf_counter() - started
+            record["seconds"]["train"] += seconds
+            record["row"] = until
+            pending.add_rows(self._lane_columns(), np.cumsum(schedule.iterations)[row:until], rows)
+            self._note_nonfinite(rows)
+            num_rows = int(np.clip(CHUNK_SECONDS / max(seconds / (until - row), 1e-6), 1, 2 * num_rows))
+            run.report("rows", rows=rows, env_steps=int(run.env_steps_after[until]), seconds=seconds)
+            if until in eval_rows:
+                self._evaluate_now(state, schedule.eval_rows.index(until), pending)
+            due = time.perf_counter() - saved_at > max(CHECKPOINT_SECONDS, save_seconds / CHECKPOINT_SHARE)
+            if due or run.interrupt.requested or until == total:
+                started = time.perf_counter()
+                self._save(state, pending, final=until == total)
+                pending = _Rows()
+                saved_at = time.perf_counter()
+                save_seconds = saved_at - started
+                record["seconds"]["save"] += save_seconds
+                if run.interrupt.requested and not (until == total and self.lanes[-1] == len(run.lanes) - 1):
+                    return False
+        return True
+
+    def _start(self):
+        """The state to go on from: the restored one, the first time, or a fresh one."""
+        state, self.run.restored = self.run.restored, None
+        if state is not None:
+            return self.spread.put(self.spread.pad(state))
+        return self.spread.put(self.init(self.keys, jax.device_put(self.hypers, self.spread.devices[0])))
+
+    def _evaluate_now(self, state, index: int, pending: "_Rows"):
+        run, record = self.run, self.run.record
+        policy = jax.jit(jax.vmap(self.algorithm.policy))(state)
+        evaluate_lanes = self._compiled_evaluate(record["eval_episodes"], policy)
+        started = time.perf_counter()
+        episodes = self.spread.take(evaluate_lanes(policy, self.spread.put(self.keys), jnp.int32(index)))
+        seconds = time.perf_counter() - started
+        record["seconds"]["evaluate"] += seconds
+        pending.add_episodes(self._lane_columns(), int(run.env_steps_after[record["row"]]), episodes)
+        run.report("evaluated", episodes=episodes, env_steps=int(run.env_steps_after[record["row"]]), seconds=seconds)
+        if index == 0 and run.spec.eval_episodes is None:
+            self._limit_evaluation(seconds)
+
+    def _compiled_evaluate(self, num_episodes, policy):
+        if num_episodes not in self._evaluate:
+
+            def evaluate_lane(policy, key, index):
+                key = jax.random.fold_in(training.lane_keys(key)[1], index)
+                return evaluate(self.algorithm, policy, key, num_episodes)
+
+            started = time.perf_counter()
+            program = jax.jit(self.spread.map(evaluate_lane, 2))
+            self._evaluate[num_episodes] = program.lower(policy, self.spread.put(self.keys), jnp.int32(0)).compile()
+            self.run.record["seconds"]["compile"] += time.perf_counter() - started
+        return self._evaluate[num_episodes]
+
+    def _limit_evaluation(self, seconds: float):
+        """Cuts the episodes of later evaluations if all of them would take too much of the run. The choice is recorded."""
+        run, record = self.run, self.run.record
+        done = record["row"] / len(run.schedule.iterations)
+        evaluating, training_ = seconds * len(run.schedule.eval_rows), record["seconds"]["train"] / done
+        allowed = max(EVALUATION_FREE_SECONDS, EVALUATION_SHARE / (1 - EVALUATION_SHARE) * training_)
+        if evaluating <= allowed:
+            return
+        fewer = max(4, int(record["eval_episodes"] * allowed / evaluating))
+        if fewer < record["eval_episodes"]:
+            run.report(
+                "note",
+                text=f"evaluation would take {evaluating / (evaluating + training_):.0%} of the run: "
+                f"{fewer} episodes instead of {record['eval_episodes']} from here on (--eval-episodes sets the number)",
+            )
+            record["eval_episodes"] = fewer
+
+    def _note_nonfinite(self, rows):
+        """Tells once of every lane whose update went non-finite."""
+        if "nonfinite" not in rows:
+            return
+        known = {tuple(lane) for lane in self.run.record["nonfinite"]}
+        frozen = {self.run.lanes[lane] for lane in self.lanes[rows["nonfinite"][:, -1] > 0]}
+        for config, seed in sorted(frozen - known):
+            self.run.report(
+                "note",
+                text=f"config {config}, seed {seed}: an update went non-finite; its policy is frozen at the last finite one",
+            )
+        self.run.record["nonfinite"] = sorted(known | frozen)
+
+    def _save(self, state, pending: "_Rows", final: bool):
+        store, record = self.run.store, self.run.record
+        # Padding lanes are made again on resume. One program instead of one per leaf, and none where there is no padding.
+        count = len(self.lanes)
+        kept = state if self.spread.num_padded == count else jax.jit(lambda t: jax.tree.map(lambda x: x[:count], t))(state)
+        store.append(pending.metrics(), pending.evaluations())
+        group = record["first_lane"] // record["group_size"]
+        step = group * len(self.run.schedule.iterations) + record["row"]
+        store.commit(step, kept, record)
+        if final or self.run.interrupt.requested:
+            columns = {name: column.tolist() for name, column in self._lane_columns().items()}
+            policies = jax.jit(jax.vmap(self.algorithm.policy))(kept)
+            store.save_policy(record["row"], policies, columns, group=group)
+        self.run.report("saved", env_steps=int(self.run.env_steps_after[record["row"]]))
+
+    def _lane_columns(self) -> dict[str, np.ndarray]:
+        config, seed = np.asarray([self.run.lanes[lane] for lane in self.lanes]).T
+        return {"config": config.astype(np.int32), "seed": seed.astype(np.int64)}
+
+
+class _Rows:
+    """Rows and episodes since the last checkpoint, as columns."""
+
+    def __init__(self):
+        self._metrics, self._episodes = [], []
+
+    def add_rows(self, lanes, iteration, rows):
+        num_lanes, num_rows = rows["env_steps"].shape
+        self._metrics.append(
+            {
+                "config": np.repeat(lanes["config"], num_rows),
+                "seed": np.repeat(lanes["seed"], num_rows),
+                "iteration": np.tile(iteration.astype(np.int64), num_lanes),
+                "env_steps": rows["env_steps"].ravel().astype(np.int64),
+                **{name: value.ravel() for name, value in rows.items() if name != "env_steps"},
+            }
+        )
+
+    def add_episodes(self, lanes, env_steps, episodes: Episodes):
+        num_lanes, count = episodes.mode_return.shape
+        for policy in ("mode", "sample"):
+            self._episodes.append(
+                {
+                    "config": np.repeat(lanes["config"], count),
+                    "seed": np.repeat(lanes["seed"], count),
+                    "env_steps": np.full(num_lanes * count, env_steps, np.int64),
+                    "policy": np.full(num_lanes * count, policy),
+                    "episode": np.tile(np.arange(count, dtype=np.int32), num_lanes),
+                    "return": getattr(episodes, f"{policy}_return").ravel(),
+                    "length": getattr(episodes, f"{policy}_length").ravel(),
+                }
+            )
+
+    def metrics(self):
+        return _concatenate(self._metrics)
+
+    def evaluations(self):
+        return _concatenate(self._episodes)
+
+
+def _concatenate(parts):
+    return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]} if parts else None
+
+
+def on_cpu(devices) -> bool:
+    return devices[0].platform == "cpu"
+
+
+def with_params(env: Environment, changes: dict[str, Any]) -> Environment:
+    """``env`` with other default parameters: ``changes`` maps dotted fields such as ``sys.opt.timestep`` to numbers."""
+    params = env.default_params
+    for name, value in changes.items():
+        params = _replace_field(env, params, name.split("."), value, name)
+    env = copy.copy(env)
+    env.default_params = params
+    return env
+
+
+def _replace_field(env, node, path, value, name):
+    fields = [field.name for field in dataclasses.fields(node)] if dataclasses.is_dataclass(node) else []
+    if path[0] not in fields:
+        raise RequestError(f"env_param {name} is not a parameter of {env.name}; {close_names(path[0], fields)}")
+    old = getattr(node, path[0])
+    if len(path) > 1:
+        return dataclasses.replace(node, **{path[0]: _replace_field(env, old, path[1:], value, name)})
+    if old is None or dataclasses.is_dataclass(old):
+        raise RequestError(f"env_param {name} of {env.name} is not a number or array; name one of its fields")
+    old = np.asarray(old)
+    return dataclasses.replace(node, **{path[0]: np.broadcast_to(np.asarray(value, old.dtype), old.shape)})

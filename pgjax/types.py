@@ -99,6 +99,7 @@ class Algorithm(NamedTuple):
     step: ``(state, hypers) -> (state, metrics)``: one iteration, collect then learn. ``metrics`` is a flat dict of scalars.
     policy: ``state -> policy``, the small part that acts: network, frozen normaliser; never replay or environment state.
     act: ``(policy, obs [B, *O], key | None) -> action [B, *A]`` in the environment's bounds; no key means the mode.
+    warm_start: ``(state, policy) -> state``, a fresh state that begins from the policy of another run.
     setup: frozen dataclass, what fixes shapes, loop lengths and branches.
     hypers: struct whose leaves are float32 arrays, the default numbers; other values never recompile.
     name: public id, such as ``"ppo"``.  env: what it trains on.  env_steps_per_iteration: int, cost of one ``step``.
@@ -108,6 +109,7 @@ class Algorithm(NamedTuple):
     step: Callable[[PyTree, PyTree], tuple[PyTree, Metrics]]
     policy: Callable[[PyTree], PyTree]
     act: Callable[[PyTree, jax.Array, jax.Array | None], jax.Array]
+    warm_start: Callable[[PyTree, PyTree], PyTree]
     setup: Any
     hypers: Any
     name: str

@@ -75,8 +75,8 @@ def test_three_by_two_by_hand():
     # env 0: r = 1, 2, 3; V = 4, 2, 6; V' = 2, 6, 8; no end.
     #   delta = 1 + 1 - 4 = -2,  2 + 3 - 2 = 3,  3 + 4 - 6 = 1
     #   A[2] = 1,  A[1] = 3 + 0.25 = 3.25,  A[0] = -2 + 0.8125 = -1.1875
-    # env 1: r = 1, 1, 1; V = 2, 2, 2; truncated at 0 with V' = 10, terminated at 1 with V' = 100 (not to count), V'[2] = 4.
-    #   delta = 1 + 5 - 2 = 4,  1 - 2 = -1,  1 + 2 - 2 = 1;  nothing is carried over an end: A = 4, -1, 1
+    # env 1: r = 1, 1, 1; V = 2, 2, 2; truncated at 0 with V' = 10, terminated at 1 with V' = 100 (must not count).
+    #   V'[2] = 4;  delta = 1 + 5 - 2 = 4,  1 - 2 = -1,  1 + 2 - 2 = 1;  nothing is carried over an end: A = 4, -1, 1
     reward = jnp.array([[1.0, 1.0], [2.0, 1.0], [3.0, 1.0]])
     value = jnp.array([[4.0, 2.0], [2.0, 2.0], [6.0, 2.0]])
     next_value = jnp.array([[2.0, 10.0], [6.0, 100.0], [8.0, 4.0]])
@@ -299,9 +299,9 @@ def test_bad_arguments():
 
 
 def return_by_definition(reward, bootstrap, terminated, truncated, gamma, start, num_steps):
-    """Adds rewards one by one from ``start`` until an end, the segment's end, or ``num_steps`` rewards; then bootstraps.
+    """Adds rewards one by one from ``start`` until an end, the segment's end or ``num_steps`` rewards; then bootstraps.
 
-    Returns the return without the bootstrap at the segment's end or after ``num_steps``; that bootstrap; how many rewards.
+    Returns the return without a bootstrap at the segment's end or after ``num_steps``; that bootstrap; how many rewards.
     """
     total = 0.0
     for k in range(num_steps):

@@ -1,0 +1,697 @@
+"""The run store: everything one run leaves behind, in one folder that survives a kill at any moment.
+
+    run.json                       configuration, status, provenance, facts
+    parts/metrics-00001.parquet    rows as they came, one file an ``append``; evaluations likewise
+    checkpoints/STEP/              the state of every lane, and the numbers of the last parts that belong to it
+    policy/CONFIG-SEED/STEP/       what acts, small: all that evaluation, rendering and deployment read; one folder a
+                                   group of lanes, named after the first
+    metrics.parquet                all rows, once the run is over; evaluations.parquet likewise
+
+Every file is written under another name and renamed. Rows count once a checkpoint records their part: parts after the
+last checkpoint are rows that a resumed run makes again, so ``latest`` deletes them and ``load`` does not see them.
+
+Heavy libraries are imported on first use: pandas only by ``load``, which is the only function that returns frames.
+"""
+
+import contextlib
+import copy
+import dataclasses
+import datetime
+import json
+import os
+import platform
+import re
+import subprocess
+import sys
+from collections.abc import Callable, Collection, Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import filelock
+import numpy as np
+
+from pgjax import checkpoints
+from pgjax.checkpoints import PyTree, disk_errors, from_json, sync, to_json, write_file
+from pgjax.errors import RequestError, RunError
+
+if TYPE_CHECKING:
+    import pandas
+    import pyarrow
+
+FORMAT, VERSION = "pgjax-run", 1
+STATUSES = ("running", "interrupted", "finished", "failed")
+# Columns every row has, with the type they are stored in; the other columns of metrics keep the type they come in.
+METRICS = {"config": "int32", "seed": "int64", "iteration": "int64", "env_steps": "int64"}
+EVALUATIONS = {
+    "config": "int32",
+    "seed": "int64",
+    "env_steps": "int64",
+    "policy": "str",
+    "episode": "int32",
+    "return": "float64",
+    "length": "int32",
+}
+_KINDS = {"metrics": METRICS, "evaluations": EVALUATIONS}
+# Parts are gathered to about this many rows before they are written on, so that memory stays flat and files readable.
+_MERGE_ROWS = 1 << 16
+# The checkout, if this file lies in one: an editable installation links to it.
+_ROOT = Path(os.path.realpath(__file__)).parent.parent
+_LIBRARIES = (
+    "jax jaxlib flax optax distrax chex gymnax brax mujoco mujoco-mjx gymnasium orbax-checkpoint numpy pyarrow"
+).split()
+
+
+class Restored(NamedTuple):
+    """Where a resumed run goes on.
+
+    state, record, step: as committed.  warning: one line if a newer checkpoint could not be read, else None.
+    """
+
+    state: PyTree
+    record: dict[str, Any]
+    step: int
+    warning: str | None
+
+
+@dataclasses.dataclass(frozen=True)
+class LoadedRun:
+    """A run read back.
+
+    path: its folder.  status: one of ``STATUSES``.  config, provenance, facts: from ``run.json``.
+    record: of the last checkpoint, None before the first.
+    metrics: columns config, seed, iteration, env_steps, one per metric.
+    evaluations: one row per episode: config, seed, env_steps, policy (``mode`` or ``sample``), episode, return, length.
+    """
+
+    path: Path
+    status: str
+    config: dict[str, Any]
+    provenance: dict[str, Any]
+    facts: dict[str, Any]
+    record: dict[str, Any] | None
+    metrics: "pandas.DataFrame"
+    evaluations: "pandas.DataFrame"
+
+    def policies(self, like: PyTree) -> tuple[PyTree, dict[str, np.ndarray]]:
+        """The last saved policy of every lane; see ``load_policies``."""
+        return load_policies(self.path, like)
+
+
+class RunStore:
+    """One run's folder, held by one process at a time. Make one with ``create`` or ``open``, use it in a ``with``."""
+
+    def __init__(self, path: str | os.PathLike[str]):
+        """Takes the lock only; use ``create`` or ``open``."""
+        self.path = Path(path)
+        self._lock = _lock(self.path)
+        self._run: dict[str, Any] = {}
+        self._last: dict[str, Any] | None = None
+        self._parts = dict.fromkeys(_KINDS, 0)
+        self._schemas: dict[str, pyarrow.Schema] = {}
+        self._positioned = True
+
+    # --- opening and closing
+
+    @classmethod
+    def create(
+        cls,
+        path: str | os.PathLike[str],
+        config: Mapping[str, Any],
+        *,
+        provenance: Mapping[str, Any] | None = None,
+    ) -> "RunStore":
+        """Starts a run in a new or empty folder. Asks JAX for its devices, so choose them before.
+
+        Args:
+          path: the folder.  config: JSON values, NumPy scalars allowed.
+          provenance: what only the caller knows, such as the environment's backend and reset mode; it wins over what
+            ``describe_machine`` finds.
+
+        Raises: RequestError if the folder holds a run or anything else, or is in use.
+        """
+        path = Path(path)
+        try:
+            path.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise RequestError(f"--out {path}: {error.strerror}; choose another --out") from error
+        store = cls(path)
+        with store._closing_on_error():
+            if (path / "run.json").exists():
+                raise RequestError(f"--out {path} holds a run: continue it with --resume, or choose another --out")
+            # These are what is left of a process that was killed before there was a run.
+            own = re.compile(r"\.lock|\.owner\.json|run\.json\.tmp-\d+")
+            others = [name for name in os.listdir(path) if not own.fullmatch(name)]
+            if others:
+                raise RequestError(f"--out {path} is not empty (it holds {min(others)}); choose another --out")
+            now = _now()
+            store._run = {
+                "format": FORMAT,
+                "version": VERSION,
+                "status": "running",
+                "created": now,
+                "updated": now,
+                "config": to_json(dict(config), "config"),
+                "provenance": to_json({**describe_machine(), **(provenance or {})}, "provenance"),
+                "resumed": [],
+                "facts": {},
+            }
+            store._take_ownership()
+            store._write_run()
+        return store
+
+    @classmethod
+    def open(
+        cls,
+        path: str | os.PathLike[str],
+        config: Mapping[str, Any] | None = None,
+        *,
+        may_differ: Collection[str] = (),
+        provenance: Mapping[str, Any] | None = None,
+    ) -> "RunStore":
+        """Opens a run to go on with it; if it has a checkpoint, call ``latest`` before ``append``.
+
+        Args:
+          config: what this process would run; None means whatever the folder says.
+          may_differ: dotted names of fields in which ``config`` may differ; the new values are recorded.
+          provenance: as in ``create``; kept beside the first one, because the machine may be another.
+
+        Raises: RequestError if there is no run, it is in use, or ``config`` is another one (naming the first field).
+        """
+        path = Path(path)
+        run = _read_run(path)
+        store = cls(path)
+        with store._closing_on_error():
+            store._run = run = _read_run(path)  # again, now that nobody else writes
+            entry = {"when": _now(), "provenance": to_json({**describe_machine(), **(provenance or {})}, "provenance")}
+            if config is not None:
+                given = to_json(dict(config), "config")
+                for name, there, here in _differences(run["config"], given):
+                    if name not in may_differ:
+                        raise RequestError(
+                            f"--resume: {name} is {there} in {path} and {here} in this request; "
+                            f"use the same value, or choose another --out"
+                        )
+                    entry.setdefault("changed", {})[name] = [there, here]
+                run["config"] = given
+            run["resumed"].append(entry)
+            record = _newest_record(path)
+            if record is not None:
+                store._parts, store._last = dict(record["parts"]), record["record"]
+            store._take_ownership()
+            store._write_run()
+            store._positioned = False
+            if not checkpoints.latest_checkpoints(path / "checkpoints"):
+                store._go_on_from(dict.fromkeys(_KINDS, 0), None)
+        return store
+
+    def __enter__(self) -> "RunStore":
+        return self
+
+    def __exit__(self, kind, error, traceback) -> None:
+        try:
+            if self._run["status"] == "running":
+                stopped = error is None or not isinstance(error, Exception)
+                facts = {} if error is None or stopped else {"error": f"{kind.__name__}: {error}".splitlines()[0][:500]}
+                # The disk may be what failed; its error must not hide the first one.
+                with contextlib.suppress(RunError) if error is not None else contextlib.nullcontext():
+                    self.set_status("interrupted" if stopped else "failed", **facts)
+        finally:
+            self.close()
+
+    def close(self) -> None:
+        """Gives the folder back without changing the status. Leaving the ``with`` block does this."""
+        if self._lock.is_locked:
+            with contextlib.suppress(OSError):
+                (self.path / ".owner.json").unlink(missing_ok=True)
+            self._lock.release()
+
+    # --- what run.json holds
+
+    @property
+    def config(self) -> dict[str, Any]:
+        """The run's configuration, as JSON values."""
+        return from_json(self._run["config"])
+
+    @property
+    def status(self) -> str:
+        """One of ``STATUSES``."""
+        return self._run["status"]
+
+    def get(self, name: str, default: Any = None) -> Any:
+        """A fact that ``set_status`` or ``finish`` recorded."""
+        facts = self._run["facts"]
+        return from_json(facts[name]) if name in facts else default
+
+    def set_status(self, status: str, **facts: Any) -> None:
+        """Records the status, and facts beside it. Raises RunError if the disk refuses."""
+        if status not in STATUSES:
+            raise ValueError(f"status = {status!r}: give one of {', '.join(STATUSES)}")
+        self._run["facts"] |= to_json(facts, "facts")
+        self._run["status"] = status
+        self._write_run()
+
+    # --- rows and checkpoints
+
+    def append(
+        self, metrics_rows: Mapping[str, np.ndarray], evaluation_rows: Mapping[str, np.ndarray] | None = None
+    ) -> dict[str, int]:
+        """Writes rows as new part files. They count from the next ``commit`` on.
+
+        Args:
+          metrics_rows: columns [R], those of ``METRICS`` among them; the same columns in every call. No rows, no part.
+          evaluation_rows: columns [E] as in ``EVALUATIONS``, one row per episode.
+
+        Returns: the numbers of the last parts, ``{"metrics": ..., "evaluations": ...}``.
+        Raises: ValueError for missing, ragged or new columns; RunError if the disk refuses.
+        """
+        if not self._positioned:
+            raise RuntimeError("call latest() before append(): it says where an opened run goes on")
+        for kind, rows in (("metrics", metrics_rows), ("evaluations", evaluation_rows)):
+            table = _table(kind, rows) if rows else None
+            if table is None or not table.num_rows:
+                continue
+            self._check_columns(kind, table)
+            number = self._parts[kind] + 1
+            target = _part(self.path, kind, number)
+            with disk_errors(target), _written_aside(target) as aside:
+                _write_parquet(aside, table)
+            self._parts[kind] = number
+        return dict(self._parts)
+
+    def commit(self, step: int, state: PyTree, record: Mapping[str, Any] | None = None) -> None:
+        """Saves a checkpoint; all rows appended so far belong to the run from now on.
+
+        Args:
+          step: grows from one commit to the next, e.g. the environment steps of a lane.
+          state: pytree of arrays, any devices.  record: JSON values, what ``last_record`` gives back.
+
+        Raises: RunError if the disk refuses; the previous checkpoint is then still the newest.
+        """
+        record = dict(record or {})
+        checkpoints.save_checkpoint(
+            self.path / "checkpoints", step, state, {"parts": dict(self._parts), "record": record}
+        )
+        self._last = from_json(to_json(record))
+
+    def last_record(self) -> dict[str, Any] | None:
+        """The newest checkpoint's record, or once ``latest`` was called that of the one it gave; None without any."""
+        return copy.deepcopy(self._last)
+
+    def latest(self, like: PyTree | Callable[[dict[str, Any]], PyTree]) -> Restored | None:
+        """The state to go on from, after deleting the parts written after it.
+
+        A damaged checkpoint is passed over for the one before, with a warning.
+
+        Args: like: pytree with the structure, shapes and dtypes of the state, or a function of the record giving one.
+        Returns: None if the run was stopped before its first checkpoint: it starts again from nothing.
+        Raises: RequestError if the state is of another structure, or if there are checkpoints and none can be read.
+        """
+        folder = self.path / "checkpoints"
+        problems = []
+        for step in checkpoints.latest_checkpoints(folder):
+            try:
+                saved = checkpoints.read_record(folder, step)
+                self._check_parts(saved["parts"])
+                wanted = like(saved["record"]) if callable(like) else like
+                state, _ = checkpoints.load_checkpoint(folder, step, wanted)
+            except checkpoints.CorruptCheckpoint as error:
+                problems.append(str(error))
+                continue
+            self._go_on_from(saved["parts"], saved["record"])
+            warning = f"{problems[0]}; going on from checkpoint {step} instead" if problems else None
+            return Restored(state, saved["record"], step, warning)
+        if problems:
+            raise RequestError(f"--resume: {problems[0]}, and no older one can be read; start anew with another --out")
+        self._go_on_from(dict.fromkeys(_KINDS, 0), None)
+        return None
+
+    def save_policies(self, policies: PyTree, lanes: Mapping[str, np.ndarray]) -> None:
+        """Saves what acts, for ``load_policies``; replaces what was saved for these lanes before.
+
+        Args: policies: pytree of arrays [L, ...].  lanes: columns config [L] and seed [L], which lanes they are.
+        """
+        lanes = {name: np.asarray(lanes[name]).tolist() for name in ("config", "seed")}
+        folder = self.path / "policy" / f"{lanes['config'][0]}-{lanes['seed'][0]}"
+        step = max(checkpoints.latest_checkpoints(self.path / "checkpoints"), default=0)
+        checkpoints.save_checkpoint(folder, step, policies, lanes, keep=1)
+
+    def finish(self, status: str = "finished", **facts: Any) -> None:
+        """Streams the parts of the last checkpoint into the two tables and records how the run ended.
+
+        The parts stay: a run that is extended goes on from them. Raises RunError if the disk refuses.
+        """
+        record = _newest_record(self.path)
+        for kind, number in (record["parts"] if record else dict.fromkeys(_KINDS, 0)).items():
+            _merge(self.path, kind, number)
+        self.set_status(status, **facts)
+
+    # --- inside
+
+    def _check_columns(self, kind: str, table: "pyarrow.Table") -> None:
+        if kind not in self._schemas:
+            first = _part(self.path, kind, 1)
+            self._schemas[kind] = _read_part(first).schema if self._parts[kind] else table.schema
+        expected = self._schemas[kind]
+        if table.schema != expected:
+            odd = sorted({(f.name, str(f.type)) for f in table.schema} ^ {(f.name, str(f.type)) for f in expected})
+            what = f"{odd[0][0]} ({odd[0][1]})" if odd else "their order"
+            raise ValueError(f"{kind} rows have other columns than earlier ones of this run: {what}")
+
+    def _check_parts(self, parts: dict[str, int]) -> None:
+        for kind, number in parts.items():
+            for path in _parts(self.path, kind, number):
+                if not path.exists():
+                    raise checkpoints.CorruptCheckpoint(f"{path}, which the newest checkpoint needs, is missing")
+
+    def _go_on_from(self, parts: dict[str, int], record: dict[str, Any] | None) -> None:
+        for path, kind, number in _all_parts(self.path):
+            if number is None or number > parts[kind]:
+                path.unlink()
+        self._parts, self._last, self._positioned = dict(parts), record, True
+        self._schemas = {}
+
+    def _write_run(self) -> None:
+        self._run["updated"] = _now()
+        target = self.path / "run.json"
+        with disk_errors(target), _written_aside(target) as aside:
+            write_file(aside, (json.dumps(self._run, indent=1) + "\n").encode())
+
+    def _take_ownership(self) -> None:
+        owner = {"pid": os.getpid(), "host": platform.node(), "since": _now()}
+        with disk_errors(self.path / ".owner.json"):
+            (self.path / ".owner.json").write_text(json.dumps(owner))
+        for leftover in self.path.glob("*.tmp-*"):
+            if re.fullmatch(r"(run\.json|metrics\.parquet|evaluations\.parquet)\.tmp-\d+", leftover.name):
+                leftover.unlink(missing_ok=True)
+
+    @contextlib.contextmanager
+    def _closing_on_error(self) -> Iterator[None]:
+        try:
+            yield
+        except BaseException:
+            # Not close(): until _take_ownership the owner's file is not ours to remove, and after it nobody minds it.
+            self._lock.release()
+            raise
+
+
+# --- reading
+
+
+def read_run(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """What ``run.json`` says: status, created, updated, config, provenance, resumed, facts. Needs no lock.
+
+    A run whose process is gone without a word has the status ``interrupted``.
+    Raises: RequestError if there is no run.
+    """
+    path = Path(path)
+    run = from_json(_read_run(path))
+    if run["status"] == "running" and not _owner_lives(path):
+        run["status"] = "interrupted"
+    return run
+
+
+def load(path: str | os.PathLike[str]) -> LoadedRun:
+    """Reads a run, finished or not: all rows up to its last checkpoint. Writes nothing and needs no lock.
+
+    Raises: RequestError if there is no run, or a table cannot be read.
+    """
+    path = Path(path)
+    run = read_run(path)
+    newest = _newest_record(path)
+    return LoadedRun(
+        path=path,
+        status=run["status"],
+        config=run["config"],
+        provenance=run["provenance"],
+        facts=run["facts"],
+        record=newest["record"] if newest else None,
+        metrics=_read_rows(path, "metrics", newest["parts"]["metrics"] if newest else None),
+        evaluations=_read_rows(path, "evaluations", newest["parts"]["evaluations"] if newest else None),
+    )
+
+
+def load_policies(path: str | os.PathLike[str], like: PyTree) -> tuple[PyTree, dict[str, np.ndarray]]:
+    """The last saved policy of every lane. Needs no lock, and nothing of the run but ``policy/``.
+
+    Args: like: pytree with the structure, shapes and dtypes of one lane's policy.
+    Returns: policies, pytree of arrays [L, ...] in order of config and seed; columns config [L] and seed [L].
+    Raises: RequestError if there are none, or if they are not of the structure of ``like``.
+    """
+    import jax
+    import jax.numpy as jnp
+
+    groups = []
+    for folder in (Path(path) / "policy").glob("*-*"):
+        for step in checkpoints.latest_checkpoints(folder)[:1]:
+            lanes = checkpoints.read_record(folder, step)
+            num_lanes = len(lanes["seed"])
+            stacked = jax.tree.map(lambda x: jax.ShapeDtypeStruct((num_lanes, *x.shape), x.dtype), like)  # noqa: B023
+            groups.append((checkpoints.load_checkpoint(folder, step, stacked)[0], lanes))
+    if not groups:
+        raise RequestError(f"{path} holds no policies yet (looked in {Path(path) / 'policy'})")
+    columns = {name: np.concatenate([lanes[name] for _, lanes in groups]) for name in ("config", "seed")}
+    order = np.lexsort((columns["seed"], columns["config"]))
+    policies = jax.tree.map(lambda *lanes: jnp.concatenate(lanes)[order], *(policies for policies, _ in groups))
+    return policies, {name: column[order] for name, column in columns.items()}
+
+
+def describe_machine() -> dict[str, Any]:
+    """What decides whether a run can be repeated: versions, platform, devices, precision, git commit. Starts JAX."""
+    import jax
+
+    devices = jax.devices()
+    return {
+        "pgjax": _version("pgjax") or _version_in_checkout(),
+        "libraries": {name: version for name in _LIBRARIES if (version := _version(name))},
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "device": devices[0].platform,
+        "device_kind": devices[0].device_kind,
+        "device_count": len(devices),
+        "precision": str(jax.config.jax_default_matmul_precision or "default"),
+        "x64": bool(jax.config.jax_enable_x64),
+        "git_commit": _git_commit(),
+        "command": sys.argv,
+    }
+
+
+# --- helpers
+
+
+def _lock(path: Path) -> filelock.BaseFileLock:
+    lock = filelock.FileLock(path / ".lock", thread_local=False)
+    try:
+        lock.acquire(blocking=False)
+    except filelock.Timeout as error:
+        try:
+            owner = json.loads((path / ".owner.json").read_text())
+            who = f"process {owner['pid']} on {owner['host']} since {owner['since']}"
+        except (OSError, ValueError, KeyError, TypeError):
+            who = "another process"
+        raise RequestError(f"{path} is in use by {who}; wait for it or choose another --out") from error
+    except OSError as error:
+        raise RequestError(f"{path} cannot be written: {error.strerror}; choose another --out") from error
+    return lock
+
+
+def _owner_lives(path: Path) -> bool:
+    """Whether the process that wrote ``.owner.json`` may still be there; of another host's we cannot know."""
+    try:
+        owner = json.loads((path / ".owner.json").read_text())
+        if owner["host"] != platform.node():
+            return True
+        os.kill(owner["pid"], 0)
+    except PermissionError:
+        return True
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
+    return True
+
+
+def _now() -> str:
+    return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+
+
+def _version(distribution: str) -> str | None:
+    from importlib import metadata
+
+    try:
+        return metadata.version(distribution)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def _version_in_checkout() -> str | None:
+    import tomllib
+
+    try:
+        return tomllib.loads((_ROOT / "pyproject.toml").read_text())["project"]["version"]
+    except (OSError, ValueError, KeyError):
+        return None
+
+
+def _git_commit() -> str | None:
+    """The checkout's commit, with ``+changes`` if files differ from it; None outside a checkout."""
+    # Only our own repository: an installed package may lie inside somebody else's.
+    if not (_ROOT / ".git").exists():
+        return None
+
+    def git(*arguments: str) -> str:
+        command = ["git", "-C", str(_ROOT), *arguments]
+        return subprocess.run(command, capture_output=True, text=True, timeout=10, check=True).stdout.strip()
+
+    try:
+        return git("rev-parse", "HEAD") + ("+changes" if git("status", "--porcelain", "-uno") else "")
+    except (OSError, subprocess.SubprocessError):
+        return None
+
+
+def _read_run(path: Path) -> dict[str, Any]:
+    """``run.json`` as it is on disk, before ``from_json``."""
+    try:
+        run = json.loads((path / "run.json").read_text())
+    except (FileNotFoundError, NotADirectoryError) as error:
+        raise RequestError(f"there is no run in {path} (no run.json); start one without --resume") from error
+    except (OSError, ValueError) as error:
+        raise RequestError(f"{path / 'run.json'} cannot be read: {error}") from error
+    if not isinstance(run, dict) or run.get("format") != FORMAT:
+        raise RequestError(f"{path / 'run.json'} was not written by pgjax; choose another folder")
+    if run["version"] != VERSION:
+        raise RequestError(f"{path / 'run.json'} has version {run['version']}, this pgjax reads version {VERSION}")
+    return run
+
+
+def _newest_record(path: Path) -> dict[str, Any] | None:
+    """``{"parts", "record"}`` of the newest checkpoint whose record can be read."""
+    for step in checkpoints.latest_checkpoints(path / "checkpoints"):
+        # It may also be deleted under our eyes, by the process that writes.
+        with contextlib.suppress(RequestError):
+            return checkpoints.read_record(path / "checkpoints", step)
+    return None
+
+
+def _differences(there: Any, here: Any, name: str = "") -> Iterator[tuple[str, Any, Any]]:
+    """Dotted name and both values of every field in which two JSON values differ."""
+    if isinstance(there, dict) and isinstance(here, dict):
+        for key in [*there, *(key for key in here if key not in there)]:
+            below = f"{name}.{key}" if name else key
+            if key in there and key in here:
+                yield from _differences(there[key], here[key], below)
+            else:
+                yield below, there.get(key, "absent"), here.get(key, "absent")
+    elif isinstance(there, list) and isinstance(here, list) and len(there) == len(here):
+        for index, pair in enumerate(zip(there, here, strict=True)):
+            yield from _differences(*pair, f"{name}[{index}]")
+    elif there != here or type(there) is not type(here):
+        # 1 and 1.0 are the same number.
+        if not (isinstance(there, (int, float)) and isinstance(here, (int, float)) and there == here):
+            yield name, there, here
+
+
+def _part(path: Path, kind: str, number: int) -> Path:
+    return path / "parts" / f"{kind}-{number:05d}.parquet"
+
+
+def _parts(path: Path, kind: str, number: int) -> list[Path]:
+    return [_part(path, kind, index) for index in range(1, number + 1)]
+
+
+def _all_parts(path: Path) -> Iterator[tuple[Path, str, int | None]]:
+    """Every part file with its kind and number; the number is None for one that is half written."""
+    for part in (path / "parts").glob("*"):
+        if match := re.fullmatch(r"(metrics|evaluations)-(\d+)\.parquet(\.tmp-\d+)?", part.name):
+            yield part, match[1], None if match[3] else int(match[2])
+
+
+@contextlib.contextmanager
+def _written_aside(target: Path) -> Iterator[Path]:
+    """A name to write to, which becomes ``target`` if all goes well and disappears if not."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    aside = target.with_name(f"{target.name}.tmp-{os.getpid()}")
+    try:
+        yield aside
+        os.replace(aside, target)
+        sync(target.parent)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            aside.unlink(missing_ok=True)
+        raise
+
+
+def _table(kind: str, rows: Mapping[str, np.ndarray]) -> "pyarrow.Table":
+    """Columns as a table, with the key columns in front and in their types."""
+    import pyarrow as pa
+
+    keys = _KINDS[kind]
+    if missing := [name for name in keys if name not in rows]:
+        raise ValueError(f"{kind} rows have no column {missing[0]}; they have {', '.join(rows)}")
+    if kind == "evaluations" and (extra := [name for name in rows if name not in keys]):
+        raise ValueError(f"evaluation rows have the extra column {extra[0]}")
+    columns = {}
+    for name in [*keys, *(name for name in rows if name not in keys)]:
+        column = np.asarray(rows[name])
+        column = column.astype(keys[name]) if name in keys else column
+        if column.ndim != 1 or len(column) != len(rows["config"]):
+            raise ValueError(f"column {name} has shape {column.shape}; expected ({len(rows['config'])},)")
+        # Half precision and JAX's own small floats are not for tables.
+        small_float = column.dtype.itemsize < 4 and column.dtype.kind not in "biuU"
+        columns[name] = pa.array(column.astype(np.float32) if small_float else column)
+    return pa.table(columns)
+
+
+def _write_parquet(path: Path, table: "pyarrow.Table") -> None:
+    import pyarrow.parquet as pq
+
+    pq.write_table(table, path)
+    sync(path)
+
+
+def _read_part(path: Path) -> "pyarrow.Table":
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    try:
+        return pq.read_table(path)
+    except (OSError, pa.ArrowException) as error:
+        raise RunError(f"{path} cannot be read: {str(error).splitlines()[0]}") from error
+
+
+def _merge(path: Path, kind: str, number: int) -> None:
+    """Streams parts 1 to ``number`` into one table. Without parts it makes none."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    if not number:
+        return
+    target = path / f"{kind}.parquet"
+    # The number says up to which part the table goes, for load.
+    schema = _read_part(_part(path, kind, 1)).schema.with_metadata({"pgjax.parts": str(number)})
+    with disk_errors(target), _written_aside(target) as aside:
+        with pq.ParquetWriter(aside, schema) as writer:
+            waiting: list[pa.Table] = []
+            for index, part in enumerate(_parts(path, kind, number), 1):
+                waiting.append(_read_part(part).replace_schema_metadata(schema.metadata))
+                if index == number or sum(table.num_rows for table in waiting) >= _MERGE_ROWS:
+                    writer.write_table(pa.concat_tables(waiting).combine_chunks())
+                    waiting = []
+        sync(aside)
+
+
+def _read_rows(path: Path, kind: str, number: int | None) -> "pandas.DataFrame":
+    """Rows of parts 1 to ``number``; None means that there is no checkpoint to say how many count."""
+    import pandas
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    merged = path / f"{kind}.parquet"
+    try:
+        if merged.exists():
+            parts = int((pq.read_schema(merged).metadata or {}).get(b"pgjax.parts", b"-1"))
+            # Somebody may have kept the tables and thrown the checkpoints and parts away.
+            if number is None or parts == number:
+                return pq.read_table(merged).to_pandas()
+        if not number:
+            return pandas.DataFrame({name: np.zeros(0, dtype) for name, dtype in _KINDS[kind].items()})
+        return pa.concat_tables(pq.read_table(part) for part in _parts(path, kind, number)).to_pandas()
+    except (OSError, pa.ArrowException) as error:
+        raise RequestError(f"{kind} of {path} cannot be read: {str(error).splitlines()[0]}") from error
