@@ -26,6 +26,8 @@ _BRAX = (
     *("inverted_double_pendulum", "pusher", "reacher", "swimmer", "walker2d"),
 )
 _NAMES = {"gymnax": _GYMNAX, "brax": _BRAX}
+# What pip has to install where a library is missing; an extra of pgjax where one exists.
+_REQUIREMENTS = {"gymnax": "gymnax>=1.0.1", "brax": "brax>=0.14.2"}
 BRAX_BACKENDS = ("spring", "generalized", "positional", "mjx")
 
 # What does not work with the libraries as they are: (name, backend or None for every one) -> why.
@@ -141,7 +143,7 @@ def _adapter(library: str):
         if (error.name or "").partition(".")[0] == "pgjax":
             raise
         raise RequestError(
-            f"{library} environments need the package {error.name}: pip install 'pgjax[{library}]'"
+            f"{library} environments need the package {error.name}: pip install {_REQUIREMENTS[library]!r}"
         ) from None
 
 

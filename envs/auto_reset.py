@@ -227,8 +227,8 @@ def _keep_dtypes(new: PyTree, old: PyTree) -> PyTree:
         n = jnp.asarray(n)
         if n.shape != o.shape or not _converts(n.dtype, o.dtype):
             raise TypeError(
-                f"the state's leaf {jax.tree_util.keystr(path) or 'itself'} is {o.dtype}{list(o.shape[1:])} at an episode's "
-                f"start and {n.dtype}{list(n.shape[1:])} after a step; make the two alike"
+                f"the state's leaf {jax.tree_util.keystr(path) or 'itself'} is {o.dtype}{list(o.shape[1:])} at the "
+                f"start of an episode and {n.dtype}{list(n.shape[1:])} after a step; make the two alike"
             )
         return _as(n, o.dtype)
 

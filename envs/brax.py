@@ -7,7 +7,9 @@ steps itself, and ``AutoReset`` does the rest.
 
 import contextlib
 import copy
+import inspect
 import io
+import types
 import warnings
 from typing import Any
 
@@ -25,9 +27,14 @@ from pgjax.spaces import Box
 # it is imported without its Warp backend, which is not used here.
 with deferred_imports("trimesh", "scipy.spatial"), contextlib.redirect_stdout(io.StringIO()):
     import brax.envs
+    import brax.fluid
     import mujoco
 
 PyTree = Any
+
+if "a_min" not in inspect.signature(jnp.clip).parameters:
+    # Brax 0.14.2 names an argument of clip that JAX 0.10 no longer has; without this swimmer cannot move.
+    brax.fluid.jp = types.SimpleNamespace(**{**vars(jnp), "clip": lambda x, a_min: jnp.maximum(x, a_min)})
 
 
 @struct.dataclass

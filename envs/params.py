@@ -48,7 +48,8 @@ def _replace(node: PyTree, rest: str, path: str, value: Any) -> PyTree:
     old = fields[field]
     if rest or _fields(old):
         if not rest:
-            raise RequestError(f"environment parameter {path!r} has fields of its own: {', '.join(sorted(_fields(old)))}")
+            below = ", ".join(sorted(_fields(old)))
+            raise RequestError(f"environment parameter {path!r} has fields of its own: {below}")
         new = _replace(old, rest, path, value)
     else:
         new = _fit(old, path, value)
@@ -78,5 +79,6 @@ def _fit(old: Any, path: str, value: Any) -> Any:
                 raise ValueError
         new = numpy.broadcast_to(new, shape)
     except (TypeError, ValueError):
-        raise RequestError(f"environment parameter {path} = {value!r} does not fit a {dtype} of shape {shape}") from None
+        wanted = f"{dtype} of shape {shape}" if shape else f"{dtype} number"
+        raise RequestError(f"environment parameter {path} = {value!r} does not fit a {wanted}") from None
     return new[()] if numpy is np else new

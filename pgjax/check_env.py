@@ -73,16 +73,18 @@ def check_env(
 
     with check.clause("reset works under jit"):
         start_keys = jax.random.split(key_start, num_envs)
-        env_state, obs = jax.jit(env.reset)(start_keys, params)
+        reset = jax.jit(env.reset)
+        env_state, obs = reset(start_keys, params)
     with check.clause("reset returns obs [B, *O] float32"):
         _check_array(check, obs, (num_envs, *env.observation_space.shape), jnp.float32)
     with check.clause("the start of environment i depends on key[i] and params alone"):
         other_keys = jnp.concatenate([start_keys[:1], jax.random.split(key_sample, num_envs - 1)])
-        other_obs = jax.jit(env.reset)(other_keys, params)[1]
+        other_obs = reset(other_keys, params)[1]
         check(_close(obs[0], other_obs[0]), "the first start changed with the other keys")
 
     step = _Counted(env.step)
-    action = _random_action(env.action_space, key_action, (num_envs,))
+    actions = _random_action(env.action_space, key_action, (2, num_steps, num_envs))
+    action = actions[0, 0]
     step_keys = jax.random.split(key_rollout, (2, num_steps, num_envs))
     with check.clause("step works under jit"):
         next_state, timestep = step(step_keys[0, 0], env_state, action, params)
@@ -98,7 +100,6 @@ def check_env(
         check(_equal((next_state, timestep), again), "two calls differ")
     _check_refresh(env, check, step, key_refresh, step_keys[0, 0], env_state, action, params)
 
-    actions = _random_action(env.action_space, key_action, (2, num_steps, num_envs))
     lane_params = jax.tree.map(lambda a, b: jnp.stack([jnp.asarray(a), jnp.asarray(b)]), params, _changed(params))
     with check.clause("reset and step work under jit, vmap over lanes with their own params, and scan"):
         first_obs, steps = _rollouts(env)(jnp.stack([start_keys, start_keys]), step_keys, actions, lane_params)
@@ -374,6 +375,6 @@ def _close(a: Any, b: Any) -> bool:
 
 
 def _where(flags: np.ndarray, among: np.ndarray | None = None) -> str:
-    index = np.argwhere(flags)
-    index = index[0] if among is None else index[among][0]
-    return f"step {index[-2] + 1} of environment {index[-1]}"
+    """The first place where the flags [..., T, B] are set; ``among`` picks some of the set ones."""
+    places = np.argwhere(flags) if among is None else np.argwhere(flags)[among]
+    return f"step {places[0][-2] + 1} of environment {places[0][-1]}" if len(places) else "no place"

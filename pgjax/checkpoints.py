@@ -155,7 +155,7 @@ def _leaves(tree: PyTree) -> list[tuple[dict[str, Any], np.ndarray]]:
 
     described, values = [], []
     for name, leaf in _named_leaves(tree):
-        is_key = jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key)
+        is_key = jax.numpy.issubdtype(leaf.dtype, jax.dtypes.prng_key)
         described.append(
             {
                 "name": name,
@@ -259,7 +259,7 @@ def _write_arrays(path: Path, arrays: dict[str, np.ndarray]) -> None:
     handler = ocp.PyTreeCheckpointHandler(use_ocdbt=False)
     try:
         save_args = jax.tree.map(lambda _: ocp.SaveArgs(chunk_byte_size=CHUNK_BYTES), arrays)
-        handler.save(path, args=ocp.args.PyTreeSave(arrays, save_args=save_args))
+        handler.save(path, args=ocp.args.PyTreeSave(arrays, save_args=save_args))  # pyright: ignore[reportArgumentType]
     finally:
         handler.close()
 
@@ -271,7 +271,7 @@ def _read_arrays(path: Path) -> dict[str, np.ndarray]:
 
     handler = ocp.PyTreeCheckpointHandler(use_ocdbt=False)
     try:
-        return dict(handler.restore(path / "arrays"))
+        return dict(handler.restore(path / "arrays"))  # pyright: ignore[reportArgumentType]
     except MemoryError:
         raise
     except Exception as error:  # whatever TensorStore raises: the files are those written, and still unreadable

@@ -27,6 +27,18 @@ def use_host_devices(num_devices: int | None = None) -> None:
         pass  # JAX has started; its devices stay as they are.
 
 
+def use_compilation_cache() -> None:
+    """Keeps compiled programs on disk between processes, unless the user has decided where, or that not.
+
+    They go to ``$XDG_CACHE_HOME/pgjax`` or ``~/.cache/pgjax``. ``JAX_COMPILATION_CACHE_DIR`` names another folder.
+    """
+    if jax.config.jax_compilation_cache_dir is None and jax.config.jax_enable_compilation_cache:
+        base = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
+        jax.config.update("jax_compilation_cache_dir", os.path.join(base, "pgjax"))
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
+        jax.config.update("jax_persistent_cache_min_entry_size_bytes", 0)
+
+
 def choose_devices(num_lanes: int, host_callback: bool, num_devices: int | None = None) -> list[jax.Device]:
     """The devices to spread lanes over: no more than there are lanes, and one where a step leaves the device.
 

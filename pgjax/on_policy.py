@@ -415,15 +415,13 @@ def scale_rewards(setup, hypers, moments, reward_return, reward, ended):
     reward = reward * hypers.reward_scale
     if setup.reward_scaling == "none":
         return reward, moments, reward_return
-    scaler, reward = normalizers.scale_rewards(
-        normalizers.RewardScaler(moments, reward_return),
-        reward,
-        ended,
-        hypers.gamma,
-        hypers.reward_clip,
-        setup.reward_scaling,
-    )
-    return reward, scaler.moments, scaler.accumulator
+    scale = {
+        "batch": normalizers.scale_rewards_batch,
+        "per_step": normalizers.scale_rewards_per_step,
+        "purejaxrl": normalizers.scale_rewards_purejaxrl,
+    }[setup.reward_scaling]
+    moments, reward_return, reward = scale(moments, reward_return, reward, ended, hypers.gamma, hypers.reward_clip)
+    return reward, moments, reward_return
 
 
 def with_values(core: Core, params: ActorCritic, batch: Batch) -> Batch:

@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+import json
 import math
 import signal
 import time
@@ -19,8 +20,8 @@ from pgjax import training
 from pgjax.errors import RequestError, RunError, close_names
 from pgjax.evaluation import Episodes, evaluate
 from pgjax.on_policy import as_hypers
-from pgjax.store import RunStore
-from pgjax.types import Algorithm, Environment
+from pgjax.store import RunStore, load_policies
+from pgjax.types import Algorithm, Environment, PyTree
 
 # Rows that one call of the chunk program can return.
 CHUNK_ROWS = 16
@@ -77,6 +78,29 @@ class RunSpec:
         return pgjax.make(self.algorithm, env, objective=objective, **self.setup)
 
 
+    def config(self) -> dict[str, Any]:
+        """The specification as JSON values; ``from_config`` is the way back."""
+        return json.loads(json.dumps(dataclasses.asdict(self)))
+
+    @classmethod
+    def from_config(cls, config: dict[str, Any]) -> "RunSpec":
+        setup = {name: tuple(value) if isinstance(value, list) else value for name, value in config["setup"].items()}
+        return cls(**{**config, "setup": setup, "configs": tuple(config["configs"]), "seeds": tuple(config["seeds"])})
+
+    def check(self, algorithm: Algorithm) -> None:
+        """Raises RequestError for numbers that cannot work, before anything is written."""
+        training.make_schedule(algorithm, self.total_env_steps, self.log_every, self.num_evals)
+        for config in self.configs:
+            as_hypers(algorithm.hypers, **config)
+        if self.eval_episodes is not None and self.eval_episodes < 1:
+            raise RequestError(f"eval_episodes = {self.eval_episodes} must be at least 1; num_evals = 0 turns it off")
+        if not self.seeds or not self.configs:
+            raise RequestError("seeds and configs must each have at least one entry")
+        if len(set(self.seeds)) < len(self.seeds):
+            raise RequestError(f"seeds = {list(self.seeds)} has one seed twice; the two runs would be the same")
+        lanes_.choose_devices(len(self.seeds) * len(self.configs), algorithm.env.host_callback, self.devices)
+
+
 @dataclasses.dataclass(frozen=True)
 class Event:
     """What a run tells while it goes on. ``kind`` is one of started, compiled, rows, evaluated, saved, note, finished."""
@@ -87,13 +111,16 @@ class Event:
 
 @dataclasses.dataclass
 class RunResult:
-    """How a run ended. status: ``finished``, ``interrupted`` or ``failed``; nonfinite: the (config, seed) that were frozen."""
+    """How a run ended. status: ``finished``, ``interrupted`` or ``failed``; nonfinite: the (config, seed) that were frozen.
+
+    seconds: spent compiling, training, evaluating, saving, and by this process in all (``session``).
+    """
 
     status: str
     path: str
     env_steps: int
     nonfinite: list[tuple[int, int]]
-    timings: dict[str, float]
+    seconds: dict[str, float]
 
 
 def run(
@@ -158,7 +185,9 @@ class _Run:
         ]
         self.hypers = lanes_.stack_lanes([hypers[config] for config, _ in self.lanes])
         self.keys = jax.vmap(jax.random.key)(jnp.asarray([seed for _, seed in self.lanes], jnp.uint32))
-        self.warm_policy = load_policies(spec.init_policy, algorithm)[0] if spec.init_policy else None
+        self.warm_policy = None
+        if spec.init_policy:
+            self.warm_policy = jax.tree.map(lambda x: x[0], policies_of(spec.init_policy, algorithm)[0])
         restored = store.latest(self._like)
         if restored and restored.warning:
             self.report("note", text=restored.warning)
@@ -384,9 +413,7 @@ class _Group:
         step = group * len(self.run.schedule.iterations) + record["row"]
         store.commit(step, kept, record)
         if final or self.run.interrupt.requested:
-            columns = {name: column.tolist() for name, column in self._lane_columns().items()}
-            policies = jax.jit(jax.vmap(self.algorithm.policy))(kept)
-            store.save_policy(record["row"], policies, columns, group=group)
+            store.save_policies(jax.jit(jax.vmap(self.algorithm.policy))(kept), self._lane_columns())
         self.run.report("saved", env_steps=int(self.run.env_steps_after[record["row"]]))
 
     def _lane_columns(self) -> dict[str, np.ndarray]:
@@ -436,6 +463,21 @@ class _Rows:
 
 def _concatenate(parts):
     return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]} if parts else None
+
+
+def policies_of(path, algorithm: Algorithm) -> tuple[PyTree, dict[str, np.ndarray]]:
+    """The saved policies of the run in ``path``, stacked [L, ...], and their columns config [L] and seed [L].
+
+    Raises: RequestError if there are none, or if they do not fit ``algorithm``.
+    """
+    state = jax.eval_shape(algorithm.init, jax.random.key(0), algorithm.hypers)
+    return load_policies(path, jax.eval_shape(algorithm.policy, state))
+
+
+def describe_env(env: Environment, spec: RunSpec) -> dict[str, Any]:
+    """What the record should say of the environment beyond its name."""
+    backend = spec.env_options.get("backend", getattr(env, "backend", None))
+    return {"env_backend": backend, "reset_mode": getattr(env, "reset_mode", None), "precision": spec.precision}
 
 
 def on_cpu(devices) -> bool:

@@ -468,8 +468,8 @@ def describe_machine() -> dict[str, Any]:
         "device": devices[0].platform,
         "device_kind": devices[0].device_kind,
         "device_count": len(devices),
-        "precision": str(jax.config.jax_default_matmul_precision or "default"),
-        "x64": bool(jax.config.jax_enable_x64),
+        "precision": str(getattr(jax.config, "jax_default_matmul_precision", None) or "default"),
+        "x64": bool(getattr(jax.config, "jax_enable_x64", False)),
         "git_commit": _git_commit(),
         "command": sys.argv,
     }

@@ -301,7 +301,7 @@ def test_bad_arguments():
 def return_by_definition(reward, bootstrap, terminated, truncated, gamma, start, num_steps):
     """Adds rewards one by one from ``start`` until an end, the segment's end or ``num_steps`` rewards; then bootstraps.
 
-    Returns the return without a bootstrap at the segment's end or after ``num_steps``; that bootstrap; how many rewards.
+    Returns the return without a bootstrap at the segment's end or after ``num_steps``; that bootstrap; the count.
     """
     total = 0.0
     for k in range(num_steps):

@@ -1,0 +1,43 @@
+"""Presets: what differs from an algorithm's defaults, one TOML file per environment or per published setting.
+
+A file ``gymnax-CartPole-v1.toml`` has a table per algorithm with ``total_env_steps``, ``setup``, ``hypers`` and ``env_options``;
+``reached`` records what it was seen to reach, and by which command.
+"""
+
+import tomllib
+from pathlib import Path
+from typing import Any
+
+from pgjax.errors import RequestError, close_names
+
+_FOLDER = Path(__file__).parent
+_FIELDS = ("total_env_steps", "setup", "hypers", "env_options", "reached", "about")
+
+
+def list_presets() -> dict[str, dict[str, Any]]:
+    """``{name: {algorithm: preset}}``; a preset for an environment is named like the environment."""
+    presets = {}
+    for path in sorted(_FOLDER.glob("*.toml")):
+        with path.open("rb") as file:
+            content = tomllib.load(file)
+        presets[content.pop("name")] = content
+    return presets
+
+
+def find(name: str, algorithm: str, env: str) -> dict[str, Any]:
+    """The preset ``name`` for ``algorithm``; ``auto`` is the environment's own or else nothing, ``none`` is nothing.
+
+    Returns: a dict with some of ``total_env_steps, setup, hypers, env_options`` and with ``name``, None if nothing applies.
+    Raises: RequestError for an unknown name, or one that has nothing for the algorithm.
+    """
+    nothing = {"name": None}
+    if name == "none":
+        return nothing
+    presets = list_presets()
+    if name == "auto":
+        return {**presets[env][algorithm], "name": env} if algorithm in presets.get(env, ()) else nothing
+    if name not in presets:
+        raise RequestError(f"preset {name!r} is unknown; {close_names(name, [*presets, 'auto', 'none'])}")
+    if algorithm not in presets[name]:
+        raise RequestError(f"preset {name!r} has nothing for {algorithm}; it is for {', '.join(presets[name])}")
+    return {**presets[name][algorithm], "name": name}

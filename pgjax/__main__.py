@@ -1,0 +1,5 @@
+"""``python -m pgjax`` is the ``pgjax`` command."""
+
+from pgjax.cli import main
+
+main()

@@ -1,0 +1,476 @@
+"""The ``pgjax`` command. Whatever is slow to import is imported by the command that needs it."""
+
+import contextlib
+import dataclasses
+import io
+import os
+import re
+import shlex
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Literal
+
+from pgjax.errors import RequestError, RunError, close_names
+
+_EXIT_FAILED, _EXIT_WRONG_REQUEST = 1, 2
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Runs one command line and exits: 0 done, 1 the run failed, 2 the request was wrong."""
+    argv = sys.argv[1:] if argv is None else argv
+    sys.exit(_main(argv))
+
+
+def _main(argv: list[str]) -> int:
+    if not argv or argv[0] in ("-h", "--help", "help"):
+        print(_overview())
+        return 0
+    if argv[0] in ("-V", "--version"):
+        import pgjax
+
+        print(pgjax.__version__)
+        return 0
+    try:
+        if argv[0] not in COMMANDS:
+            raise RequestError(f"command {argv[0]!r} is unknown; {close_names(argv[0], COMMANDS)}")
+        return COMMANDS[argv[0]][0](argv[1:])
+    except RequestError as error:
+        print(f"pgjax: {error}", file=sys.stderr)
+        return _EXIT_WRONG_REQUEST
+    except RunError as error:
+        print(f"pgjax: {error}", file=sys.stderr)
+        return _EXIT_FAILED
+    except BrokenPipeError:
+        # The reader, such as `head`, has seen enough.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+
+
+def _overview() -> str:
+    width = max(map(len, COMMANDS))
+    lines = [f"  {name:<{width}}  {line}" for name, (_, line) in COMMANDS.items()]
+    return "\n".join(
+        [
+            "usage: pgjax COMMAND ...",
+            "",
+            *lines,
+            "",
+            "pgjax COMMAND --help tells more; exit codes: 0 done, 1 the run failed, 2 the request was wrong",
+        ]
+    )
+
+
+def _parse(cls: type, argv: list[str], prog: str, **kwargs) -> Any:
+    """``tyro.cli`` whose complaints become one ``RequestError`` line."""
+    import tyro
+
+    complaint = io.StringIO()
+    columns = os.environ.get("COLUMNS")
+    wants_help = any(word in ("-h", "--help") for word in argv)
+    try:
+        if not wants_help:
+            os.environ["COLUMNS"] = "10000"  # so that no line of a complaint is broken in the middle
+        with contextlib.nullcontext() if wants_help else contextlib.redirect_stderr(complaint):
+            return tyro.cli(cls, args=argv, prog=prog, **kwargs)
+    except SystemExit as stop:
+        if stop.code in (0, None):
+            raise
+        raise RequestError(_one_line(complaint.getvalue(), prog)) from None
+    finally:
+        if columns is None:
+            os.environ.pop("COLUMNS", None)
+        else:
+            os.environ["COLUMNS"] = columns
+
+
+def _one_line(complaint: str, prog: str) -> str:
+    lines = [re.sub(r"^[│╭╰─\s]+|[│╮╯\s]+$", "", line) for line in complaint.splitlines()]
+    lines = [line for line in lines if line and not line.startswith(("For full helptext", "Argument helptext"))]
+    lines = lines[1:] if len(lines) > 1 else lines  # the title repeats what follows
+    said = []
+    for line in lines:
+        flag = re.match(r"(--[\w.-]+)", line)
+        if line.endswith(":"):
+            said.append(line)
+        elif flag:
+            said.append(flag.group(1))
+        elif not said or not said[-1].startswith("--"):
+            said.append(line)
+    text = " ".join(dict.fromkeys(said)).replace("Perhaps you meant:", "; perhaps you meant")
+    text = re.sub(r"\s+;", ";", text).replace(f"Missing from {prog}:", "missing")
+    return f"{text or 'the arguments are wrong'} (see {prog} --help)"
+
+
+# --- train
+
+
+@dataclasses.dataclass
+class TrainArgs:
+    """Options of ``train`` that every algorithm shares."""
+
+    env: str
+    """Environment, such as gymnax/CartPole-v1; see pgjax list envs."""
+    total_env_steps: int = 500_000
+    """Environment steps of each lane, rounded up to whole iterations."""
+    seeds: int = 1
+    """Number of seeds, trained side by side."""
+    seed_start: int = 0
+    """The first seed."""
+    out: Path | None = None
+    """Folder of the run; runs/ALGORITHM-ENV if not given."""
+    resume: bool = False
+    """Go on with the run in --out from its last checkpoint; the other options may then be left out."""
+    preset: str = "auto"
+    """Settings to start from: a name of pgjax list presets, auto for the environment's own if there is one, or none."""
+    init_policy: str | None = None
+    """Folder of a run whose policy every lane starts from."""
+    objective: str | None = None
+    """A policy objective of your own, FILE.py:NAME, a function of (log_ratio, advantage) or a pgjax.Objective."""
+    env_option: list[str] = dataclasses.field(default_factory=list)
+    """K=V, an argument of the environment, such as backend=spring or reset_mode=pool; may be repeated."""
+    env_param: list[str] = dataclasses.field(default_factory=list)
+    """K=V, a physical parameter of the environment, such as gravity=9.0; may be repeated."""
+    log_every: int | None = None
+    """Iterations behind each row of metrics; about 200 rows if not given."""
+    num_evals: int = 10
+    """Evaluations during the run."""
+    eval_episodes: int | None = None
+    """Episodes per evaluation and policy; 64 on gymnax, 16 elsewhere, fewer if they would take too long."""
+    devices: int | None = None
+    """Devices to spread the lanes over; all if not given. On a CPU a device is a core."""
+    precision: Literal["default", "high", "highest", "bfloat16", "tensorfloat32", "float32"] = "float32"
+    """Precision of matrix products."""
+    log_to: Literal["tensorboard", "wandb"] | None = None
+    """Send the metrics, averaged over lanes, to a logger as well."""
+
+
+def _train(argv: list[str]) -> int:
+    from pgjax import algorithms
+
+    known = algorithms.list_algorithms()
+    if not argv or argv[0] in ("-h", "--help"):
+        print("usage: pgjax train ALGORITHM --env ENV ...\n")
+        print("\n".join(f"  {name:<10} {line}" for name, line in known.items()))
+        print("\npgjax train ALGORITHM --help lists the options with their defaults for that algorithm")
+        return 0
+    name, *rest = argv
+    module = algorithms.get(name)
+    args, spec, objective = _train_request(name, module, rest)
+    return _run_training(args, spec, objective)
+
+
+def _train_request(name: str, module, argv: list[str]):
+    """Parses the options of ``train``; presets become the defaults that ``--help`` shows."""
+    import tyro
+
+    from pgjax.experiments import presets
+    from pgjax.runner import RunSpec
+    from pgjax.store import read_run
+
+    env, out = _peek(argv, "--env"), _peek(argv, "--out")
+    if "--resume" in argv and env is None and out is not None:
+        config = read_run(out)["config"]
+        if config["algorithm"] != name:
+            raise RequestError(f"--resume: {out} holds a run of {config['algorithm']}, not of {name}")
+        extra = [word for word in argv if word.startswith("--") and word.split("=")[0] not in ("--resume", "--out")]
+        if extra:
+            raise RequestError(f"{extra[0]} cannot be changed by --resume; give --env too to compare the whole request")
+        spec = RunSpec.from_config(config)
+        args = TrainArgs(env=spec.env, out=Path(out), resume=True)
+        return args, spec, _load_objective(spec.objective)
+
+    preset = presets.find(_peek(argv, "--preset") or "auto", name, env or "")
+    setup = dataclasses.replace(module.Setup(), **_tuples(preset.get("setup", {})))
+    hypers = {**_numbers(module.Hypers()), **preset.get("hypers", {})}
+    fields = [
+        ("setup", module.Setup, dataclasses.field(default=setup)),
+        ("hypers", dataclasses.make_dataclass("Hypers", [(k, float, v) for k, v in hypers.items()]), None),
+    ]
+    fields[1] = (fields[1][0], fields[1][1], dataclasses.field(default_factory=fields[1][1]))
+    cls = dataclasses.make_dataclass("Train", fields, bases=(TrainArgs,))
+    cls.__doc__ = f"Train {name}."
+    if preset.get("total_env_steps"):
+        total = preset["total_env_steps"]
+        cls = dataclasses.make_dataclass("Train", [("total_env_steps", int, total)], bases=(cls,))
+        cls.__doc__ = f"Train {name}; defaults of preset {preset['name']}."
+    args = _parse(cls, argv, f"pgjax train {name}", config=(tyro.conf.UseAppendAction,))
+    if args.seeds < 1:
+        raise RequestError(f"--seeds {args.seeds} must be at least 1")
+    if args.seed_start < 0 or args.seed_start + args.seeds > 2**32:
+        raise RequestError(f"--seed-start {args.seed_start} must be at least 0 and below 2**32")
+    spec = RunSpec(
+        algorithm=name,
+        env=args.env,
+        total_env_steps=args.total_env_steps,
+        env_options={**preset.get("env_options", {}), **_pairs("--env-option", args.env_option)},
+        env_params=_pairs("--env-param", args.env_param),
+        setup=_differences(args.setup, module.Setup()),
+        configs=(_differences(args.hypers, type(args.hypers)(**_numbers(module.Hypers()))),),
+        seeds=tuple(range(args.seed_start, args.seed_start + args.seeds)),
+        log_every=args.log_every,
+        num_evals=args.num_evals,
+        eval_episodes=args.eval_episodes,
+        objective=args.objective,
+        init_policy=args.init_policy,
+        precision=args.precision,
+        devices=args.devices,
+        preset=preset["name"],
+    )
+    return args, spec, _load_objective(args.objective)
+
+
+def _run_training(args: TrainArgs, spec, objective) -> int:
+    from pgjax import lanes
+
+    lanes.use_host_devices()
+    lanes.use_compilation_cache()
+    from pgjax.display import Display
+    from pgjax.runner import describe_env, run
+    from pgjax.store import RunStore
+
+    algorithm = spec.build(objective)
+    spec.check(algorithm)
+    out = args.out or Path("runs") / f"{spec.algorithm}-{spec.env.replace('/', '-')}"
+    listeners = [_logger(args.log_to, out, spec)] if args.log_to else []
+    provenance = describe_env(algorithm.env, spec)
+    if args.resume:
+        store = RunStore.open(out, spec.config(), may_differ=("devices",), provenance=provenance)
+    else:
+        store = RunStore.create(out, spec.config(), provenance=provenance)
+    again = f"pgjax train {spec.algorithm} --out {shlex.quote(str(out))} --resume"
+    with store:
+        if args.resume and store.status == "finished":
+            print(f"{out} is finished already; nothing to do")
+            return 0
+        with Display(spec, again) as display:
+
+            def report(event):
+                display(event)
+                for listener in listeners:
+                    listener(event)
+
+            result = run(spec, store, report, algorithm=algorithm)
+    return _EXIT_FAILED if result.status == "failed" else 0
+
+
+def _logger(name: str, out: Path, spec) -> Callable:
+    from pgjax import loggers
+
+    return loggers.make(name, out, spec)
+
+
+def _peek(argv: list[str], flag: str) -> str | None:
+    """The value of an option before the options are parsed."""
+    for word, following in zip(argv, [*argv[1:], None], strict=True):
+        if word == flag:
+            return following
+        if word.startswith(flag + "="):
+            return word[len(flag) + 1 :]
+    return None
+
+
+def _tuples(fields: dict) -> dict:
+    return {key: tuple(value) if isinstance(value, list) else value for key, value in fields.items()}
+
+
+def _numbers(hypers) -> dict[str, float]:
+    names = (field.name for field in dataclasses.fields(hypers) if field.name != "objective")
+    return {name: float(getattr(hypers, name)) for name in names}
+
+
+def _differences(given, default) -> dict:
+    """Fields of a dataclass that differ from the default one's."""
+    pairs = ((field.name, getattr(given, field.name)) for field in dataclasses.fields(given))
+    return {name: value for name, value in pairs if value != getattr(default, name)}
+
+
+def _pairs(flag: str, words: list[str]) -> dict[str, Any]:
+    """``["k=v"]`` to ``{"k": v}``, with numbers, booleans and None recognised."""
+    pairs = {}
+    for word in words:
+        key, equals, value = word.partition("=")
+        if not equals or not key:
+            raise RequestError(f"{flag} {word!r} must be K=V")
+        pairs[key] = _value(value)
+    return pairs
+
+
+def _value(text: str) -> Any:
+    named = {"true": True, "false": False, "none": None}
+    if text.lower() in named:
+        return named[text.lower()]
+    for kind in (int, float):
+        with contextlib.suppress(ValueError):
+            return kind(text)
+    return text
+
+
+def _load_objective(source: str | None):
+    """``FILE.py:NAME`` to the object of that name."""
+    if source is None:
+        return None
+    file, colon, name = source.rpartition(":")
+    if not colon or not file.endswith(".py"):
+        raise RequestError(f"--objective {source!r} must be FILE.py:NAME")
+    if not Path(file).is_file():
+        raise RequestError(f"--objective {source!r}: there is no file {file}")
+    import runpy
+
+    try:
+        found = runpy.run_path(file)
+    except Exception as error:
+        raise RequestError(f"--objective {source!r}: {type(error).__name__}: {error}") from error
+    if name not in found:
+        raise RequestError(f"--objective {source!r}: {file} defines no {name}")
+    return found[name]
+
+
+# --- eval, plot, list, doctor, bench
+
+
+@dataclasses.dataclass
+class EvalArgs:
+    """Evaluate the saved policies of a run."""
+
+    run: Path
+    """Folder of the run."""
+    env: str | None = None
+    """Another environment to evaluate in; its spaces must be the same."""
+    env_option: list[str] = dataclasses.field(default_factory=list)
+    """K=V, an argument of the environment; may be repeated."""
+    episodes: int = 128
+    """Episodes of each policy."""
+    seed: int = 0
+    """Seed of the episodes."""
+    csv: Path | None = None
+    """Write every episode to this file."""
+
+
+def _eval(argv: list[str]) -> int:
+    import tyro
+
+    from pgjax import lanes
+
+    argv = [f"--run={argv[0]}", *argv[1:]] if argv and not argv[0].startswith("-") else argv
+    args = _parse(EvalArgs, argv, "pgjax eval", config=(tyro.conf.UseAppendAction,))
+    if args.episodes < 1:
+        raise RequestError(f"--episodes {args.episodes} must be at least 1")
+    lanes.use_host_devices()
+    lanes.use_compilation_cache()
+    from pgjax.experiments.evaluate_run import evaluate_run, summary_table
+
+    frame = evaluate_run(args.run, args.env, _pairs("--env-option", args.env_option), args.episodes, args.seed)
+    if args.csv:
+        frame.to_csv(args.csv, index=False)
+    print(summary_table(frame))
+    return 0
+
+
+@dataclasses.dataclass
+class PlotArgs:
+    """Draw learning curves of one or several runs."""
+
+    runs: tuple[Path, ...]
+    """Folders of runs."""
+    out: Path | None = None
+    """File to write, .png, .pdf or .svg; curves.png in the first run if not given."""
+    metrics: tuple[str, ...] = ()
+    """Columns to draw below the returns, such as kl entropy."""
+
+
+def _plot(argv: list[str]) -> int:
+    folders = []
+    while argv and not argv[0].startswith("-"):
+        folders.append(argv.pop(0))
+    args = _parse(PlotArgs, [*(["--runs", *folders] if folders else []), *argv], "pgjax plot")
+    from pgjax.experiments.plots import plot_runs
+
+    print(plot_runs(args.runs, args.out, args.metrics))
+    return 0
+
+
+def _list(argv: list[str]) -> int:
+    what = argv[0] if argv else ""
+    lists = {"envs": _list_envs, "algorithms": _list_algorithms, "presets": _list_presets}
+    if what in ("-h", "--help", ""):
+        print(f"usage: pgjax list {{{','.join(lists)}}}")
+        return 0 if what else _EXIT_WRONG_REQUEST
+    if what not in lists:
+        raise RequestError(f"list {what!r} is unknown; {close_names(what, lists)}")
+    lists[what]()
+    return 0
+
+
+def _list_envs() -> None:
+    from pgjax.envs import list_envs
+
+    for entry in list_envs():
+        notes = [", ".join(entry.backends)] if entry.backends else []
+        notes += [f"{backend + ': ' if backend else ''}{why}" for backend, why in entry.broken.items()]
+        print(f"{entry.name:<34} {'; '.join(notes)}".rstrip())
+
+
+def _list_algorithms() -> None:
+    from pgjax.algorithms import list_algorithms
+
+    for name, line in list_algorithms().items():
+        print(f"{name:<12} {line}")
+
+
+def _list_presets() -> None:
+    from pgjax.experiments.presets import list_presets
+
+    for name, by_algorithm in list_presets().items():
+        for algorithm, preset in by_algorithm.items():
+            print(f"{name:<34} {algorithm:<10} {preset.get('reached') or preset.get('about', '')}".rstrip())
+
+
+def _doctor(argv: list[str]) -> int:
+    if argv:
+        return _help_only(argv, "usage: pgjax doctor\n\nChecks that what pgjax needs is there and works.")
+    from pgjax.doctor import examine
+
+    return examine(print)
+
+
+def _help_only(argv: list[str], text: str) -> int:
+    if argv[0] in ("-h", "--help"):
+        print(text)
+        return 0
+    raise RequestError(f"argument {argv[0]!r} is unknown here; this command takes none")
+
+
+@dataclasses.dataclass
+class BenchArgs:
+    """Measure speed on this machine: the public single-file PPO setting, lanes, environments, start-up and memory."""
+
+    parts: tuple[str, ...] = ()
+    """What to measure; everything if not given. --parts help lists them."""
+    out: Path | None = None
+    """Write the figures to this JSON file as well."""
+    repeats: int = 5
+    """Repetitions, of which the median is reported."""
+
+
+def _bench(argv: list[str]) -> int:
+    args = _parse(BenchArgs, argv, "pgjax bench")
+    from pgjax import lanes
+
+    lanes.use_host_devices()
+    from pgjax.experiments.bench import bench
+
+    return bench(args.parts, args.repeats, args.out, print)
+
+
+COMMANDS: dict[str, tuple[Callable[[list[str]], int], str]] = {
+    "train": (_train, "train an algorithm on an environment, for one or many seeds"),
+    "eval": (_eval, "evaluate the saved policies of a run"),
+    "plot": (_plot, "draw learning curves of runs"),
+    "list": (_list, "list envs, algorithms or presets"),
+    "doctor": (_doctor, "check the installation"),
+    "bench": (_bench, "measure speed on this machine"),
+}
+
+if __name__ == "__main__":
+    main()
