@@ -6,7 +6,7 @@ READY := $(VENV)/.ready
 # Which Python makes the environment: PYTHON=/path/to/python, or the first of these that is new enough.
 PYTHONS := $(if $(PYTHON),$(PYTHON),python3 python3.11 python3.12 python3.13 python)
 
-.PHONY: help demo test test-all lint types lock clean
+.PHONY: help demo test test-all lint types lock
 
 help:
 	@echo "make demo      train PPO on CartPole and Hopper on the CPU and plot the result"
@@ -59,10 +59,8 @@ $(READY): requirements.lock pyproject.toml
 	    fi; \
 	    $$found -m venv --clear $(VENV); \
 	fi; \
-	echo "installing into $(VENV)"; \
+	echo "installing into $(VENV), which takes a few minutes"; \
 	$(PY) -m pip install --quiet --no-deps -r requirements.lock; \
 	$(PY) -m pip install --quiet --no-deps --no-build-isolation -e .; \
 	touch $@
 
-clean:
-	rm -rf .venv build dist *.egg-info

@@ -4,10 +4,13 @@ A metric's reduction follows from its name, so a method may add metrics of its o
 ``episode_*`` are means over the episodes that ended, ``*_max`` and ``*_min`` extremes, the rest plain means.
 """
 
+from typing import NamedTuple
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+# Names with a reduction of their own; ``episodes`` is the only sum, for it is what episode means are weighted with.
 _BY_NAME = {"env_steps": "last", "episodes": "sum", "nonfinite": "max"}
 
 
@@ -24,44 +27,73 @@ def reduction(name: str) -> str:
     return "mean"
 
 
-def start_row(metrics: dict) -> dict:
+class Row(NamedTuple):
+    """An accumulator of one row: metrics of a kind side by side, so that adding them up is a handful of operations.
+
+    last: int32, what is not averaged.  The others are float32; ``episodes`` weighs the ``episode`` means.
+    """
+
+    last: jax.Array
+    total: jax.Array
+    episode: jax.Array
+    episodes: jax.Array
+    maximum: jax.Array
+    minimum: jax.Array
+
+
+_KINDS = {"last": "last", "sum": "episodes", "mean": "total", "episodes": "episode", "max": "maximum", "min": "minimum"}
+
+
+def _names(metrics: dict) -> dict[str, list[str]]:
+    """Field of ``Row`` -> names of the metrics in it, in order."""
+    return {field: [name for name in sorted(metrics) if _KINDS[reduction(name)] == field] for field in Row._fields}
+
+
+def start_row(metrics: dict) -> Row:
     """An accumulator for metrics of this structure (scalars or ``ShapeDtypeStruct``s)."""
-    start = {"max": -jnp.inf, "min": jnp.inf}
-    return {name: jnp.asarray(start.get(reduction(name), 0), value.dtype) for name, value in metrics.items()}
+    start = {"maximum": -jnp.inf, "minimum": jnp.inf}
+    return Row(
+        **{
+            field: jnp.full(len(names), start.get(field, 0), jnp.int32 if field == "last" else jnp.float32)
+            for field, names in _names(metrics).items()
+        }
+    )
 
 
-def add_to_row(row: dict, metrics: dict) -> dict:
+def add_to_row(row: Row, metrics: dict) -> Row:
     """Adds one iteration's metrics to the accumulator."""
 
-    def add(name, total, value):
-        match reduction(name):
-            case "last":
-                return value
-            case "max":
-                return jnp.maximum(total, value)
-            case "min":
-                return jnp.minimum(total, value)
-            case "episodes":
-                return total + jnp.where(metrics["episodes"] > 0, value * metrics["episodes"], 0)
-            case _:
-                return total + value
+    def stack(field, names):
+        return jnp.stack([metrics[name] for name in names]) if names else getattr(row, field)[:0]
 
-    return {name: add(name, row[name], metrics[name]) for name in row}
+    new = Row(**{field: stack(field, names) for field, names in _names(metrics).items()})
+    episodes = metrics.get("episodes", 0.0)
+    return Row(
+        last=new.last,
+        total=row.total + new.total,
+        episode=row.episode + jnp.where(episodes > 0, new.episode * episodes, 0),
+        episodes=row.episodes + new.episodes,
+        maximum=jnp.maximum(row.maximum, new.maximum),
+        minimum=jnp.minimum(row.minimum, new.minimum),
+    )
 
 
-def finish_row(row: dict, num_iterations: jax.Array) -> dict:
+def finish_row(row: Row, num_iterations: jax.Array) -> Row:
     """Turns sums into means; an episode column of a row in which no episode ended becomes NaN."""
+    episodes = row.episodes.sum()
+    return row._replace(
+        total=row.total / num_iterations,
+        episode=jnp.where(episodes > 0, row.episode / episodes, jnp.nan),
+    )
 
-    def finish(name, total):
-        match reduction(name):
-            case "episodes":
-                return jnp.where(row["episodes"] > 0, total / row["episodes"], jnp.nan)
-            case "mean":
-                return total / num_iterations
-            case _:
-                return total
 
-    return {name: finish(name, total) for name, total in row.items()}
+def columns(rows: Row, metrics: dict) -> dict[str, jax.Array]:
+    """Rows ``[R, ...]`` as ``{name: [R]}``, for metrics of the structure they were started with."""
+    return {
+        name: getattr(rows, field)[..., index]
+        for field, names in _names(metrics).items()
+        for index, name in enumerate(names)
+    }
 
 
 def mean_over_lanes(rows: dict[str, np.ndarray]) -> dict[str, np.ndarray]:

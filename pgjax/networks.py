@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from pgjax.distributions import Categorical, DiagGaussian, TanhGaussian
 from pgjax.errors import RequestError, close_names
@@ -29,6 +30,7 @@ TORSOS = ("auto", "mlp", "cnn")
 DISTRIBUTIONS = ("auto", "categorical", "gaussian", "gaussian_state", "tanh_gaussian", "tanh_gaussian_state")
 
 _MIN_STD = 0.001  # of the state-dependent standard deviations, as in Brax
+_CUT_NORMAL_STD = 0.8796256610342398  # of a standard normal variable cut off at 2
 
 
 class ActorCritic(NamedTuple):
@@ -58,17 +60,16 @@ class Torso(nn.Module):
     obs_rank: int
     hidden_sizes: tuple[int, ...]
     activation: Callable
-    kernel_init: Callable
     convolution: bool
 
     @nn.compact
     def __call__(self, obs: jax.Array) -> jax.Array:
         x = obs
         if self.convolution:
-            x = self.activation(nn.Conv(16, (3, 3), padding="VALID", kernel_init=self.kernel_init)(x))
+            x = self.activation(nn.Conv(16, (3, 3), padding="VALID")(x))
         x = x.reshape(*obs.shape[: obs.ndim - self.obs_rank], math.prod(x.shape[obs.ndim - self.obs_rank :]))
         for size in self.hidden_sizes:
-            x = self.activation(nn.Dense(size, kernel_init=self.kernel_init)(x))
+            x = self.activation(nn.Dense(size)(x))
         return x
 
 
@@ -77,13 +78,11 @@ class PolicyHead(nn.Module):
 
     size: int
     distribution: str
-    kernel_init: Callable
-    log_std_init: float
 
     @nn.compact
     def __call__(self, features: jax.Array) -> Categorical | DiagGaussian | TanhGaussian:
         state_dependent = self.distribution.endswith("_state")
-        out = nn.Dense(2 * self.size if state_dependent else self.size, kernel_init=self.kernel_init)(features)
+        out = nn.Dense(2 * self.size if state_dependent else self.size)(features)
         if self.distribution == "categorical":
             return Categorical(out)
         if state_dependent:
@@ -91,19 +90,37 @@ class PolicyHead(nn.Module):
             log_std = jnp.log(nn.softplus(raw) + _MIN_STD)
         else:
             mean = out
-            log_std = self.param("log_std", nn.initializers.constant(self.log_std_init), (self.size,))
+            log_std = self.param("log_std", nn.initializers.zeros, (self.size,))
             log_std = jnp.broadcast_to(log_std, mean.shape).astype(mean.dtype)
         return (TanhGaussian if self.distribution.startswith("tanh") else DiagGaussian)(mean, log_std)
 
 
-def _kernel_init(name: str, scale: float | None) -> Callable:
-    """The initialiser times ``scale``; None means the scale of hidden layers: √2 if orthogonal, 1 if LeCun."""
-    if name == "orthogonal":
-        return nn.initializers.orthogonal(math.sqrt(2) if scale is None else scale)
-    init = getattr(nn.initializers, name)()
-    if scale is None:
-        return init
-    return lambda key, shape, dtype=jnp.float32: scale * init(key, shape, dtype)
+def _draw_kernels(key: jax.Array, shapes: list[tuple[int, ...]], name: str) -> list[jax.Array]:
+    """Kernels [..., F_in, F_out] of the given shapes: orthogonal, or of variance 1 / fan-in; consumes ``key``.
+
+    All random numbers come from one draw. With one per kernel, as the initialisers of Flax take them, most of the time
+    to compile an ``init`` went into compiling the same generator again and again.
+    """
+    draw = {
+        "orthogonal": jax.random.normal,
+        "lecun_uniform": lambda key, shape, dtype: jax.random.uniform(key, shape, dtype, -math.sqrt(3), math.sqrt(3)),
+        "lecun_normal": lambda key, shape, dtype: (
+            jax.random.truncated_normal(key, -2, 2, shape, dtype) / _CUT_NORMAL_STD
+        ),
+    }[name]
+    sizes = [math.prod(shape) for shape in shapes]
+    pieces = jnp.split(draw(key, (sum(sizes),), jnp.float32), np.cumsum(sizes)[:-1])
+
+    def kernel(piece, shape):
+        fan_in, fan_out = math.prod(shape[:-1]), shape[-1]
+        if name != "orthogonal":
+            return piece.reshape(shape) / math.sqrt(fan_in)
+        matrix = piece.reshape(max(fan_in, fan_out), min(fan_in, fan_out))
+        q, upper = jnp.linalg.qr(matrix)
+        q = q * jnp.sign(jnp.diagonal(upper))[None]  # without the signs q is not uniformly distributed
+        return (q if fan_in >= fan_out else q.T).reshape(shape)
+
+    return [kernel(piece, shape) for piece, shape in zip(pieces, shapes, strict=True)]
 
 
 def _choose(field: str, value: str, known) -> None:
@@ -209,23 +226,34 @@ def make_networks(
         raise RequestError(f"log_std_init = {log_std_init} has no use with distribution = {kind!r}; leave it 0")
 
     def make_torso(sizes):
-        rank = len(observation_space.shape)
-        return Torso(rank, sizes, ACTIVATIONS[activation], _kernel_init(kernel_init, None), torso == "cnn")
+        return Torso(len(observation_space.shape), sizes, ACTIVATIONS[activation], torso == "cnn")
 
     actor_torso, critic_torso = make_torso(hidden_sizes), make_torso(critic_hidden_sizes)
-    policy_head = PolicyHead(size, kind, _kernel_init(kernel_init, policy_head_scale), log_std_init)
-    value_head = nn.Dense(1, kernel_init=_kernel_init(kernel_init, 1.0))
+    policy_head, value_head = PolicyHead(size, kind), nn.Dense(1)
+    hidden_scale = math.sqrt(2) if kernel_init == "orthogonal" else 1.0
+    head_scale = {"actor": hidden_scale if policy_head_scale is None else policy_head_scale, "critic": 1.0}
 
-    def init_network(key: jax.Array, torso_module: Torso, head: nn.Module) -> dict:
-        key_torso, key_head = jax.random.split(key)
-        features, torso_params = torso_module.init_with_output(key_torso, jnp.zeros(observation_space.shape))
-        return {"torso": torso_params, "head": head.init(key_head, features)}
+    def shapes() -> ActorCritic:
+        """What ``init`` returns, with Flax's own initial values."""
+        key = jax.random.key(0)
+        features, torso_params = actor_torso.init_with_output(key, jnp.zeros(observation_space.shape))
+        actor = {"torso": torso_params, "head": policy_head.init(key, features)}
+        features, torso_params = critic_torso.init_with_output(key, jnp.zeros(observation_space.shape))
+        critic = {"torso": torso_params, "head": value_head.init(key, features)}
+        return ActorCritic(actor, {"head": critic["head"]} if shared_torso else critic)
 
     def init(key: jax.Array) -> ActorCritic:
-        key_actor, key_critic = jax.random.split(key)
-        actor = init_network(key_actor, actor_torso, policy_head)
-        critic = init_network(key_critic, critic_torso, value_head)
-        return ActorCritic(actor, {"head": critic["head"]} if shared_torso else critic)
+        leaves, structure = jax.tree_util.tree_flatten_with_path(jax.eval_shape(shapes))
+        kernel_shapes = [leaf.shape for path, leaf in leaves if path[-1].key == "kernel"]
+        kernels = iter(_draw_kernels(key, kernel_shapes, kernel_init))
+
+        def first_value(path, leaf):
+            network, part, name = path[0].name, path[1].key, path[-1].key
+            if name == "kernel":
+                return next(kernels) * (head_scale[network] if part == "head" else hidden_scale)
+            return jnp.full(leaf.shape, log_std_init if name == "log_std" else 0.0, leaf.dtype)
+
+        return jax.tree.unflatten(structure, [first_value(path, leaf) for path, leaf in leaves])
 
     def policy(params: ActorCritic, obs: jax.Array):
         return policy_head.apply(params.actor["head"], actor_torso.apply(params.actor["torso"], obs))

@@ -18,7 +18,7 @@ from pgjax import estimators, metrics, normalizers
 from pgjax.action_maps import make_action_map
 from pgjax.errors import RequestError, close_names
 from pgjax.networks import ActorCritic, Networks, make_networks
-from pgjax.optimizers import init_opt_state
+from pgjax.optimizers import init_opt_state, ravelled
 from pgjax.spaces import Discrete
 from pgjax.types import Algorithm, Environment, PyTree
 
@@ -115,7 +115,8 @@ class Hypers:
 class Learner:
     """The learned part: what is held at its last finite value when an update goes non-finite.
 
-    opt_state: one optimiser state for the actor and one for the critic, each over the ravelled parameters.
+    params: one vector for the actor and one for the critic; ``core.unravel`` gives the networks' trees.
+    opt_state: one optimiser state for each of the two vectors.
     lr_scale: factor on the learning rate, moved by the ``adaptive_kl`` schedule, else one.
     extra: what a method learns besides, such as penalty coefficients; None if nothing.
     """
@@ -178,7 +179,7 @@ class Batch:
 
 
 class Policy(NamedTuple):
-    """The part that acts: the actor's parameters, and the observation statistics it was trained with (or None)."""
+    """The part that acts: the actor's parameters, ravelled, and the observation statistics it was trained with (or None)."""
 
     actor: PyTree
     obs_moments: Any
@@ -186,11 +187,16 @@ class Policy(NamedTuple):
 
 
 class Core(NamedTuple):
-    """The static things every part needs: ``action_map`` takes policy-space actions to the environment's bounds."""
+    """The static things every part needs.
+
+    networks: take ravelled parameters, ``ActorCritic`` of two vectors.  unravel: those to the networks' trees.
+    action_map: policy-space actions to the environment's bounds.
+    """
 
     env: Environment
     setup: Any
     networks: Networks
+    unravel: Callable[[ActorCritic], ActorCritic]
     action_map: Callable[[jax.Array], jax.Array]
 
 
@@ -230,7 +236,8 @@ def make(
         torso=setup.torso,
         shared_torso=setup.shared_torso,
     )
-    core = Core(env, setup, networks, make_action_map(action_map_name(setup, env), env.action_space))
+    networks, unravel = ravelled(networks)
+    core = Core(env, setup, networks, unravel, make_action_map(action_map_name(setup, env), env.action_space))
     estimate = estimate or gae_estimate
 
     def init(key, hypers, env_params=None):
@@ -277,9 +284,7 @@ def make(
             value_moments = normalizers.update_moments(value_moments, target)
         new = new.replace(obs_moments=moments[0], reward_moments=moments[1], value_moments=value_moments)
 
-        # Only the learned part is selected: a select over environment state or a buffer would copy it.
-        nonfinite = state.nonfinite | ~all_finite(new)
-        learner = jax.tree.map(lambda new, old: jnp.where(nonfinite, old, new), new, old)
+        nonfinite, learner = gate(state.nonfinite, new, old)
         dist = networks.policy(learner.params, batch.obs)
         log_ratio = dist.log_prob(batch.action) - batch.log_prob_old
         step_metrics = {
@@ -320,6 +325,7 @@ def make(
         name=name,
         env=env,
         env_steps_per_iteration=setup.num_envs * setup.num_steps,
+        core=core,
     )
 
 
@@ -453,6 +459,15 @@ def gae_estimate(core: Core, hypers: Hypers, learner: Learner, batch: Batch) -> 
     if setup.boundary == "mask" and not setup.brax_exact:
         weight = 1.0 - batch.truncated
     return batch.replace(advantage=advantage, value_target=value_target, weight=weight)
+
+
+def gate(nonfinite: jax.Array, new: PyTree, old: PyTree) -> tuple[jax.Array, PyTree]:
+    """``(whether this lane is or became non-finite, new if it is not, else old)``.
+
+    Only for the learned part: a select over environment state or a buffer would copy it.
+    """
+    nonfinite = nonfinite | ~all_finite(new)
+    return nonfinite, jax.tree.map(lambda new, old: jnp.where(nonfinite, old, new), new, old)
 
 
 def all_finite(tree: PyTree) -> jax.Array:

@@ -30,6 +30,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import filelock
 import numpy as np
 
+import pgjax
 from pgjax import checkpoints
 from pgjax.checkpoints import PyTree, disk_errors, from_json, sync, to_json, write_file
 from pgjax.errors import RequestError, RunError
@@ -461,7 +462,7 @@ def describe_machine() -> dict[str, Any]:
 
     devices = jax.devices()
     return {
-        "pgjax": _version("pgjax") or _version_in_checkout(),
+        "pgjax": pgjax.__version__,
         "libraries": {name: version for name in _LIBRARIES if (version := _version(name))},
         "python": platform.python_version(),
         "platform": platform.platform(),
@@ -518,15 +519,6 @@ def _version(distribution: str) -> str | None:
     try:
         return metadata.version(distribution)
     except metadata.PackageNotFoundError:
-        return None
-
-
-def _version_in_checkout() -> str | None:
-    import tomllib
-
-    try:
-        return tomllib.loads((_ROOT / "pyproject.toml").read_text())["project"]["version"]
-    except (OSError, ValueError, KeyError):
         return None
 
 

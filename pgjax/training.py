@@ -80,7 +80,8 @@ def run_rows(algorithm: Algorithm, state: PyTree, hypers: PyTree, iterations: ja
     Args: iterations [R] int32.  Returns: ``state, rows`` with rows ``{metric: [R]}``.
     """
     shapes = jax.eval_shape(algorithm.step, state, hypers)[1]
-    empty = {name: jnp.zeros(iterations.shape, shape.dtype) for name, shape in shapes.items()}
+    start = metrics.start_row(shapes)
+    empty = jax.tree.map(lambda x: jnp.zeros((*iterations.shape, *x.shape), x.dtype), start)
 
     def iterate(_, carry):
         state, row = carry
@@ -89,12 +90,13 @@ def run_rows(algorithm: Algorithm, state: PyTree, hypers: PyTree, iterations: ja
 
     def run_row(r, carry):
         state, rows = carry
-        state, row = jax.lax.fori_loop(0, iterations[r], iterate, (state, metrics.start_row(shapes)))
+        state, row = jax.lax.fori_loop(0, iterations[r], iterate, (state, start))
         row = metrics.finish_row(row, iterations[r])
-        return state, {name: rows[name].at[r].set(row[name]) for name in rows}
+        return state, jax.tree.map(lambda rows, row: rows.at[r].set(row), rows, row)
 
     num_rows = (iterations > 0).sum()
-    return jax.lax.fori_loop(0, num_rows, run_row, (state, empty))
+    state, rows = jax.lax.fori_loop(0, num_rows, run_row, (state, empty))
+    return state, metrics.columns(rows, shapes)
 
 
 def with_horizon(hypers: PyTree, env_steps: int) -> PyTree:

@@ -103,6 +103,7 @@ class Algorithm(NamedTuple):
     setup: frozen dataclass, what fixes shapes, loop lengths and branches.
     hypers: struct whose leaves are float32 arrays, the default numbers; other values never recompile.
     name: public id, such as ``"ppo"``.  env: what it trains on.  env_steps_per_iteration: int, cost of one ``step``.
+    core: the static parts that the method's own functions take, such as ``pgjax.on_policy.Core``; for those who take it apart.
     """
 
     init: Callable[..., PyTree]
@@ -115,3 +116,4 @@ class Algorithm(NamedTuple):
     name: str
     env: Environment
     env_steps_per_iteration: int
+    core: Any = None

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from pgjax.on_policy import Batch, Core, Hypers, Learner, with_values
-from pgjax.optimizers import clip_gradient, descend, ravel
+from pgjax.optimizers import clip_gradient, descend
 from pgjax.types import Objective, PyTree, Sample
 
 # ``(sample, hypers, extra) -> [N]``, to be maximised; ``extra`` is ``Learner.extra``.
@@ -89,9 +89,11 @@ def samples_of(setup, batch: Batch) -> Batch:
 def shuffled(setup, key: jax.Array, num_epochs: int) -> jax.Array:
     """Indices [num_epochs * num_minibatches, size]: every epoch has every sample once, in an order of its own."""
     num = setup.num_envs * (setup.num_steps if setup.minibatch_by == "transition" else 1)
-    # All epochs in one draw: each call of the generator costs compile time, and this is on the way of every run's start.
+    # All epochs in one draw and one sort: every further one costs compile time, and this is on the way of every start.
+    # Sorting by random words is a uniform permutation but for ties, so large batches get two words for each sample.
+    words = jax.random.bits(key, (1 if num <= 1 << 10 else 2, num_epochs, num))
     order = jnp.broadcast_to(jnp.arange(num, dtype=jnp.int32), (num_epochs, num))
-    order = jax.random.permutation(key, order, axis=1, independent=True)
+    *_, order = jax.lax.sort((*words, order), dimension=1, num_keys=len(words), is_stable=False)
     return order.reshape(num_epochs * setup.num_minibatches, -1)
 
 
@@ -111,11 +113,11 @@ def minibatch_sgd(objective: PolicyObjective, estimate: Callable) -> Callable:
 
     def update(core: Core, key, learner: Learner, batch: Batch, hypers: Hypers, progress):
         setup = core.setup
-        params, unravel = ravel(learner.params)
+        params = learner.params
         learning_rate = scheduled_learning_rate(setup, hypers, progress)
 
         def reestimate(params, batch):
-            again = estimate(core, hypers, learner, with_values(core, unravel(params), batch))
+            again = estimate(core, hypers, learner, with_values(core, params, batch))
             # The clipped value loss stays around the value at the rollout.
             return jax.lax.stop_gradient(again.replace(value=batch.value))
 
@@ -131,7 +133,7 @@ def minibatch_sgd(objective: PolicyObjective, estimate: Callable) -> Callable:
             def loss(params):
                 # Folded in here, where it disappears from the program if the entropy has a closed form.
                 key = jax.random.fold_in(key_entropy, number)
-                return surrogate_loss(core, objective, key, unravel(params), minibatch, learner.extra, hypers, progress)
+                return surrogate_loss(core, objective, key, params, minibatch, learner.extra, hypers, progress)
 
             gradient, (parts, dist) = jax.grad(loss, has_aux=True)(params)
             kl = parts["kl_sampled"]
@@ -174,7 +176,7 @@ def minibatch_sgd(objective: PolicyObjective, estimate: Callable) -> Callable:
         else:
             carry, out = run_steps(carry, steps)
         params, opt_state, lr_scale, _ = carry
-        learner = learner.replace(params=unravel(params), opt_state=opt_state, lr_scale=lr_scale)
+        learner = learner.replace(params=params, opt_state=opt_state, lr_scale=lr_scale)
         taken = out.pop("taken")
         weight = taken / jnp.maximum(taken.sum(), 1)
         out = {name: (value * weight).sum() for name, value in out.items()}
@@ -189,13 +191,12 @@ def minibatch_sgd(objective: PolicyObjective, estimate: Callable) -> Callable:
 def fit_value(core: Core, key, learner: Learner, batch: Batch, hypers: Hypers, progress, *, num_epochs: int) -> Learner:
     """Gradient steps on the critic alone: ``num_epochs`` passes over shuffled minibatches of the batch."""
     setup = core.setup
-    params, unravel = ravel(learner.params)
     rate = scheduled_learning_rate(setup, hypers, progress) * learner.lr_scale
 
     def minibatch_step(carry, index):
         params, opt_state = carry
         minibatch = pick(setup, samples, index)
-        gradient = jax.grad(lambda params: hypers.value_coef * value_fit(core, unravel(params), minibatch, hypers))(params)
+        gradient = jax.grad(lambda params: hypers.value_coef * value_fit(core, params, minibatch, hypers))(params)
         gradient, _ = clip_gradient(setup, hypers, gradient)
         new_params, new_opt_state = descend(setup, hypers, params, opt_state, gradient, rate)
         # The actor's gradient is zero here, yet Adam would still move it by its momentum.
@@ -203,8 +204,8 @@ def fit_value(core: Core, key, learner: Learner, batch: Batch, hypers: Hypers, p
 
     samples = samples_of(setup, batch)
     indices = shuffled(setup, key, num_epochs)
-    carry, _ = jax.lax.scan(minibatch_step, (params, learner.opt_state), indices)
-    return learner.replace(params=unravel(carry[0]), opt_state=carry[1])
+    (params, opt_state), _ = jax.lax.scan(minibatch_step, (learner.params, learner.opt_state), indices)
+    return learner.replace(params=params, opt_state=opt_state)
 
 
 def scheduled_learning_rate(setup, hypers: Hypers, progress) -> jax.Array:

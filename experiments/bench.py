@@ -1,0 +1,254 @@
+"""``pgjax bench``: speed, start-up and memory on this machine, medians after warm-up, compile time apart.
+
+What is compared runs side by side in one process, in turns, so that a busy machine slows both; read the ratios.
+"""
+
+import json
+import os
+import resource
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+import pgjax
+from pgjax import lanes as lanes_
+from pgjax import on_policy, training
+from pgjax.errors import RequestError, close_names
+from pgjax.experiments.plain_ppo import plain_ppo
+
+# The setting of the public single-file implementations on CartPole.
+_SETUP = {"num_envs": 4, "num_steps": 128, "num_epochs": 4, "num_minibatches": 4, "hidden_sizes": (64, 64)}
+_HYPERS = {"entropy_coef": 0.01}
+
+
+def bench(parts: tuple[str, ...], repeats: int, out: Path | None, say: Callable[[str], None]) -> int:
+    """Measures ``parts`` (all if empty), says the figures, and writes them to ``out``; returns the exit code."""
+    if parts == ("help",):
+        say("\n".join(f"{name:<10} {part.__doc__.splitlines()[0]}" for name, part in PARTS.items()))
+        return 0
+    for name in parts:
+        if name not in PARTS:
+            raise RequestError(f"--parts {name} is unknown; {close_names(name, PARTS)}")
+    if repeats < 1:
+        raise RequestError(f"--repeats {repeats} must be at least 1")
+    device = jax.devices()[0]
+    say(f"{len(jax.devices())} x {device.device_kind} ({device.platform}), {os.cpu_count()} cores, jax {jax.__version__}")
+    figures: dict[str, Any] = {"device": device.device_kind, "devices": len(jax.devices()), "jax": jax.__version__}
+    for name in parts or PARTS:
+        say(f"\n{name}: {PARTS[name].__doc__.splitlines()[0]}")
+        figures[name] = PARTS[name](repeats, say)
+    if out:
+        out.write_text(json.dumps(figures, indent=1) + "\n")
+    return 0
+
+
+def _compiled(fn, *args):
+    """``(program, seconds to trace and compile it)``, without the cache on disk."""
+    with jax.enable_compilation_cache(False) if hasattr(jax, "enable_compilation_cache") else _nothing():
+        started = time.perf_counter()
+        program = jax.jit(fn).lower(*args).compile()
+        return program, time.perf_counter() - started
+
+
+class _nothing:
+    def __enter__(self): ...
+
+    def __exit__(self, *_): ...
+
+
+def _medians(programs: dict[str, Callable[[], Any]], repeats: int) -> dict[str, float]:
+    """Median seconds of each, taken in turns after one warm-up of each."""
+    for run in programs.values():
+        jax.block_until_ready(run())
+    seconds: dict[str, list[float]] = {name: [] for name in programs}
+    for _ in range(repeats):
+        for name, run in programs.items():
+            started = time.perf_counter()
+            jax.block_until_ready(run())
+            seconds[name].append(time.perf_counter() - started)
+    return {name: statistics.median(values) for name, values in seconds.items()}
+
+
+def _cartpole(**setup):
+    env = pgjax.make_env("gymnax/CartPole-v1")
+    return pgjax.make("ppo", env, _HYPERS, **{**_SETUP, **setup})
+
+
+def _lane_program(algorithm, num_lanes, num_devices, num_iterations):
+    """``(run, seconds to compile)`` of the program that the runner uses, on so many lanes and devices."""
+    spread = lanes_.Spread(num_lanes, jax.devices()[:num_devices])
+    keys = jax.random.split(jax.random.key(0), num_lanes)
+    hypers = lanes_.stack_lanes([algorithm.hypers] * num_lanes)
+    state = spread.put(spread.pad(jax.jit(jax.vmap(algorithm.init))(keys, hypers)))
+    hypers = spread.put(spread.pad(hypers))
+    counts = spread.share(jnp.asarray([num_iterations], jnp.int32))
+    run_lane = spread.map(lambda *args: training.run_rows(algorithm, *args), 2)
+    program, seconds = _compiled(run_lane, state, hypers, counts)
+    return lambda: program(state, hypers, counts), seconds
+
+
+def _ppo(repeats, say):
+    """PPO on CartPole in the public single-file setting, beside a plain implementation of it."""
+    iterations = 200
+    steps = iterations * _SETUP["num_envs"] * _SETUP["num_steps"]
+    cores = len(jax.devices())
+    algorithm = _cartpole()
+    plain_init, plain_step = plain_ppo()
+    key = jax.random.key(0)
+
+    def plain(states):
+        return jax.lax.scan(lambda state, _: plain_step(state), states, None, length=iterations)
+
+    programs, compile_seconds, total = {}, {}, {}
+    for num_lanes in (1, 8):
+        states = jax.jit(jax.vmap(plain_init))(jax.random.split(key, num_lanes))
+        fn, arg = (plain, jax.tree.map(lambda x: x[0], states)) if num_lanes == 1 else (jax.vmap(plain), states)
+        program, compile_seconds[f"plain, {num_lanes} lanes"] = _compiled(fn, arg)
+        programs[f"plain, {num_lanes} lanes"] = lambda program=program, arg=arg: program(arg)
+        total[f"plain, {num_lanes} lanes"] = steps * num_lanes
+    for num_lanes, num_devices in ((1, 1), (8, 1), (16, 1), (16, cores)):
+        name = f"pgjax, {num_lanes} lanes, {num_devices} devices"
+        programs[name], compile_seconds[name] = _lane_program(algorithm, num_lanes, num_devices, iterations)
+        total[name] = steps * num_lanes
+    medians = _medians(programs, repeats)
+    base = total["plain, 1 lanes"] / medians["plain, 1 lanes"]
+    figures = {}
+    for name, seconds in medians.items():
+        speed = total[name] / seconds
+        figures[name] = {"steps_per_second": speed, "ratio": speed / base, "compile_seconds": compile_seconds[name]}
+        say(f"  {name:<30} {speed:>10,.0f} env steps/s  {speed / base:5.2f} x  compiled in {compile_seconds[name]:4.1f} s")
+    return figures
+
+
+def _time(repeats, say):
+    """Where an iteration's time goes: environment alone, collecting, updating."""
+    figures = {}
+    for name, env, options, setup in (
+        ("CartPole", "gymnax/CartPole-v1", {}, _SETUP),
+        ("hopper", "brax/hopper", {"backend": "spring"}, {"num_envs": 64, "num_steps": 64, "num_epochs": 4}),
+    ):
+        algorithm = pgjax.make("ppo", pgjax.make_env(env, **options), **setup)
+        figures[name] = _shares(algorithm, repeats)
+        total = figures[name]["whole iteration"]
+        for part, seconds in figures[name].items():
+            say(f"  {name:<9} {part:<30} {seconds * 1e3:8.2f} ms  {seconds / total:5.0%}")
+        ratio = figures[name]["collect"] / figures[name]["environment alone"]
+        say(f"  {name:<9} collecting costs {ratio:.2f} x the bare environment loop")
+    return figures
+
+
+def _shares(algorithm, repeats):
+    env, setup, hypers = algorithm.env, algorithm.setup, algorithm.hypers
+    state = jax.jit(algorithm.init)(jax.random.key(0), hypers)
+    core = algorithm.core
+    num = 20
+
+    def bare(state):
+        """Steps with actions drawn beforehand; the starts are drawn as in collecting."""
+
+        def step(env_state, x):
+            keys, action = x
+            env_state, timestep = env.step_presampled(keys, env_state, action, env.default_params)
+            return env_state, (timestep.obs, timestep.reward, timestep.terminated, timestep.truncated, timestep.final_obs)
+
+        def rollout(env_state, key):
+            shape = (setup.num_steps, setup.num_envs)
+            drawn = env.presample(jax.random.split(key, shape), env.default_params)
+            actions = _random_actions(key, env, shape)
+            env_state, out = jax.lax.scan(step, env_state, (drawn, actions))
+            return env_state, jax.tree.map(jnp.sum, out)
+
+        return jax.lax.scan(rollout, state.env_state, jax.random.split(state.key, num))
+
+    def collect(state):
+        def one(state, key):
+            state, batch, _, _ = on_policy.collect(core, jax.random.split(key, 3), state, hypers)
+            return state, jax.tree.map(jnp.sum, batch.replace(value=None, next_value=None))
+
+        return jax.lax.scan(one, state, jax.random.split(state.key, num))
+
+    def whole(state):
+        return jax.lax.scan(lambda state, _: algorithm.step(state, hypers), state, None, length=num)
+
+    programs = {}
+    for name, fn in (("environment alone", bare), ("collect", collect), ("whole iteration", whole)):
+        program, _ = _compiled(fn, state)
+        programs[name] = lambda program=program: program(state)
+    seconds = {name: value / num for name, value in _medians(programs, repeats).items()}
+    guard, _ = _compiled(lambda new, old: on_policy.gate(jnp.zeros((), bool), new, old), state.learner, state.learner)
+    seconds["guard against non-finite lanes"] = _medians({"guard": lambda: guard(state.learner, state.learner)}, 100)["guard"]
+    return seconds
+
+
+def _random_actions(key, env, shape):
+    if isinstance(env.action_space, pgjax.Discrete):
+        return jax.random.randint(key, shape, 0, env.action_space.num)
+    low, high = env.action_space.bounds
+    return jax.random.uniform(key, (*shape, *env.action_space.shape), minval=low, maxval=high)
+
+
+def _startup(repeats, say):
+    """CartPole from process start to the first finished iteration, without and with programs from earlier runs."""
+    code = (
+        "import sys, time; started = float(sys.argv[1])\n"
+        "from pgjax import lanes; lanes.use_host_devices(); lanes.use_compilation_cache()\n"
+        "import pgjax; from pgjax.runner import RunSpec, run\n"
+        "spec = RunSpec('ppo', 'gymnax/CartPole-v1', 50_000, setup={'num_envs': 4}, log_every=1, num_evals=0)\n"
+        "class Stop(Exception): pass\n"
+        "def report(event):\n"
+        "    if event.kind == 'rows': print(time.time() - started); raise Stop\n"
+        "with pgjax.RunStore.create(sys.argv[2], spec.config()) as store:\n"
+        "    try: run(spec, store, report)\n"
+        "    except Stop: pass\n"
+    )
+    seconds: dict[str, list[float]] = {"cold": [], "warm": []}
+    for _ in range(min(repeats, 3)):
+        with tempfile.TemporaryDirectory() as folder:
+            for kind in ("cold", "warm"):
+                environment = {**os.environ, "JAX_COMPILATION_CACHE_DIR": f"{folder}/cache"}
+                if kind == "cold":
+                    environment["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
+                command = [sys.executable, "-c", code, str(time.time()), f"{folder}/{kind}"]
+                done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+                seconds[kind].append(float(done.stdout.split()[-1]))
+    medians = {kind: statistics.median(values) for kind, values in seconds.items()}
+    say(f"  cold {medians['cold']:.1f} s, with a warm compilation cache {medians['warm']:.1f} s")
+    return medians
+
+
+def _memory(repeats, say):
+    """Peak memory of the process against the length of the run and the number of lanes."""
+    code = (
+        "import sys, resource; lanes, steps = int(sys.argv[1]), int(float(sys.argv[2]))\n"
+        "from pgjax import lanes as lanes_; lanes_.use_host_devices(); lanes_.use_compilation_cache()\n"
+        "import pgjax; from pgjax.runner import RunSpec, run\n"
+        "spec = RunSpec('ppo', 'gymnax/CartPole-v1', steps, setup={'num_envs': 64}, seeds=tuple(range(lanes)), num_evals=1)\n"
+        "with pgjax.RunStore.create(sys.argv[3], spec.config()) as store: run(spec, store)\n"
+        "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)\n"
+    )
+    figures = {}
+    with tempfile.TemporaryDirectory() as folder:
+        for num_lanes, steps in ((1, 1e5), (1, 1e6), (1, 1e7), (8, 1e5), (32, 1e5), (128, 1e5)):
+            command = [sys.executable, "-c", code, str(num_lanes), str(steps), f"{folder}/{num_lanes}-{steps}"]
+            done = subprocess.run(command, capture_output=True, text=True, check=True)
+            mib = int(done.stdout.split()[-1]) / 1024
+            figures[f"{num_lanes} lanes, {steps:.0e} env steps"] = mib
+            say(f"  {num_lanes:>4} lanes, {steps:.0e} env steps each: peak {mib:7.0f} MiB")
+    figures["self"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    return figures
+
+
+PARTS: dict[str, Callable[[int, Callable[[str], None]], Any]] = {
+    "ppo": _ppo,
+    "time": _time,
+    "startup": _startup,
+    "memory": _memory,
+}
