@@ -43,10 +43,11 @@ lock:
 	--extra mujoco --extra wandb --extra tensorboard --extra notebooks --extra test; } > requirements.lock.new
 	@mv requirements.lock.new requirements.lock
 
-# The stamp is written last, so that an installation that was cut short is taken up again.
+# The stamp is written last, so that an installation that was cut short is taken up again. uv, where there is one, takes
+# seconds for what takes pip minutes; it may not know the package index that pip was told of, hence the "or".
 $(READY): requirements.lock pyproject.toml
 	@set -e; \
-	if ! $(PY) -c '' 2>/dev/null; then \
+	if ! $(PY) -m pip --version >/dev/null 2>&1; then \
 	    found=; \
 	    for python in $(PYTHONS); do \
 	        if $$python -c 'import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then \
@@ -60,6 +61,7 @@ $(READY): requirements.lock pyproject.toml
 	    $$found -m venv --clear $(VENV); \
 	fi; \
 	echo "installing into $(VENV), which takes a few minutes"; \
+	{ command -v uv >/dev/null && uv pip install --quiet --python $(PY) --no-deps -r requirements.lock; } || \
 	$(PY) -m pip install --quiet --no-deps -r requirements.lock; \
 	$(PY) -m pip install --quiet --no-deps --no-build-isolation -e .; \
 	touch $@

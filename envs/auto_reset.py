@@ -200,14 +200,15 @@ class AutoReset:
                 f"its observation_space says {self.observation_space.shape}"
             )
         action = jax.ShapeDtypeStruct(self.action_space.shape, self.action_space.dtype)
-        return uses_key(self._advance, key, state, action, self.default_params)
+        return trace_with_key(self._advance, key, state, action, self.default_params)[1]
 
 
-def uses_key(function: Callable, key: jax.Array, *args) -> bool:
-    """Whether the traced ``function(key, *args)`` reads its key at all. May err on the side of yes."""
-    jaxpr = jax.make_jaxpr(function)(key, *args).jaxpr
-    key_var = jaxpr.invars[0]
-    return any(v is key_var for eqn in jaxpr.eqns for v in eqn.invars) or any(v is key_var for v in jaxpr.outvars)
+def trace_with_key(function: Callable, key: jax.Array, *args) -> tuple[PyTree, bool]:
+    """Shapes that ``function(key, *args)`` returns, and whether it reads its key at all (it may err towards yes)."""
+    closed, shapes = jax.make_jaxpr(function, return_shape=True)(key, *args)
+    key_var = closed.jaxpr.invars[0]
+    read = [*(v for eqn in closed.jaxpr.eqns for v in eqn.invars), *closed.jaxpr.outvars]
+    return shapes, any(v is key_var for v in read)
 
 
 def _as(x, dtype) -> jax.Array:

@@ -25,7 +25,8 @@ from pgjax.spaces import Box
 
 # MJX wants these only for meshes, which no Brax task has; they cost as much as Brax itself. MuJoCo prints a line when
 # it is imported without its Warp backend, which is not used here.
-with deferred_imports("trimesh", "scipy.spatial"), contextlib.redirect_stdout(io.StringIO()):
+_unused = deferred_imports("trimesh", "scipy.spatial", annotations=("trimesh.Trimesh",))
+with _unused, contextlib.redirect_stdout(io.StringIO()):
     import brax.envs
     import brax.fluid
     import mujoco

@@ -29,8 +29,11 @@ def _withdraw() -> None:
 
 
 @contextlib.contextmanager
-def deferred_imports(*names: str) -> Iterator[None]:
+def deferred_imports(*names: str, annotations: tuple[str, ...] = ()) -> Iterator[None]:
     """Inside the block, importing one of ``names`` binds a stand-in that imports the real module on first use.
+
+    ``annotations`` are dotted names that the imported code reads only to annotate its functions; inside the block they
+    are ``object``, because reading them would already be a use.
 
     Modules that are already loaded are left alone, and after the block ``sys.modules`` holds no stand-in, so that
     everybody else gets the real module from an import as always. Name every sub-module that the block imports.
@@ -45,7 +48,13 @@ def deferred_imports(*names: str) -> Iterator[None]:
             parent, _, child = name.rpartition(".")
             if parent and type(sys.modules.get(parent)) is _Deferred and type(sys.modules[name]) is _Deferred:
                 sys.modules[parent].__dict__[child] = sys.modules[name]
+        annotated = [(sys.modules[module], name) for module, _, name in (a.rpartition(".") for a in annotations)]
+        annotated = [(module, name) for module, name in annotated if type(module) is _Deferred]
+        for module, name in annotated:
+            module.__dict__[name] = object
         try:
             yield
         finally:
+            for module, name in annotated:
+                del module.__dict__[name]
             _withdraw()

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pgjax.envs.auto_reset import AutoReset
+from pgjax.envs.auto_reset import AutoReset, trace_with_key
 from pgjax.envs.deferred import deferred_imports
 from pgjax.errors import RequestError
 from pgjax.spaces import Box, Discrete, Space
@@ -45,6 +45,7 @@ def from_gymnax(
 
     Raises:
         RequestError: unknown ``reset_mode``, an episode length below 1, or a space this suite has no counterpart of.
+        ValueError: the environment's observations are not of its own space's shape.
     """
     params = env.default_params if params is None else params
     if episode_length is not None:
@@ -70,22 +71,26 @@ def from_gymnax(
         return state, observe(obs), jnp.reshape(reward, ()), terminated, truncated, metrics
 
     action_space = _space(env.action_space(params), "action")
+    observation_space = _observation_box(gymnax_space)
     # gymnax starts counters as Python numbers and bools as ints; the type they have after a step is the one to carry.
     key = jax.random.key(0)
+    obs, first = jax.eval_shape(lambda: (lambda obs, state: (observe(obs), state))(*env.reset_env(key, params)))
+    if obs.shape != observation_space.shape:
+        raise ValueError(f"{env.name} returns an observation of shape {obs.shape}, not of {observation_space.shape}")
     action = jax.ShapeDtypeStruct(action_space.shape, action_space.dtype)
-    first = jax.eval_shape(env.reset_env, key, params)[1]
-    second = jax.eval_shape(env.step_env, key, first, action, params)[1]
+    second, key_used = trace_with_key(lambda *args: env.step_env(*args)[1], key, first, action, params)
     dtypes = jax.tree.map(lambda a, b: jnp.promote_types(a.dtype, b.dtype), first, second)
 
     return AutoReset(
         name=name or f"gymnax/{env.name}",
         start=start,
         advance=advance,
-        observation_space=_observation_box(gymnax_space),
+        observation_space=observation_space,
         action_space=action_space,
         max_episode_steps=math.ceil(params.max_steps_in_episode),
         default_params=params,
         reset_mode=reset_mode,
+        advance_uses_key=key_used,
     )
 
 

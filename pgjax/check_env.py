@@ -60,7 +60,6 @@ def check_env(
     if num_envs < 2:
         raise ValueError(f"num_envs = {num_envs} must be at least 2, so that environments can be told apart")
     key = jax.random.key(0) if key is None else key
-    key_start, key_sample, key_rollout, key_action, key_refresh = jax.random.split(key, 5)
     check = _Checker(getattr(env, "name", type(env).__name__))
 
     _check_description(env, check)
@@ -71,21 +70,19 @@ def check_env(
     if num_steps is None:
         num_steps = min(env.max_episode_steps + 2, 2000)
 
+    start_keys, other_keys, step_keys, actions, key_refresh, key_sample = _draw(env, key, num_envs, num_steps)
+
     with check.clause("reset works under jit"):
-        start_keys = jax.random.split(key_start, num_envs)
         reset = jax.jit(env.reset)
         env_state, obs = reset(start_keys, params)
     with check.clause("reset returns obs [B, *O] float32"):
         _check_array(check, obs, (num_envs, *env.observation_space.shape), jnp.float32)
     with check.clause("the start of environment i depends on key[i] and params alone"):
-        other_keys = jnp.concatenate([start_keys[:1], jax.random.split(key_sample, num_envs - 1)])
         other_obs = reset(other_keys, params)[1]
         check(_close(obs[0], other_obs[0]), "the first start changed with the other keys")
 
     step = _Counted(env.step)
-    actions = _random_action(env.action_space, key_action, (2, num_steps, num_envs))
     action = actions[0, 0]
-    step_keys = jax.random.split(key_rollout, (2, num_steps, num_envs))
     with check.clause("step works under jit"):
         next_state, timestep = step(step_keys[0, 0], env_state, action, params)
     _check_timestep(check, env, timestep, num_envs)
@@ -94,7 +91,7 @@ def check_env(
     with check.clause("new params do not recompile"):
         step(step_keys[0, 0], env_state, action, _changed(params))
         step(step_keys[0, 0], env_state, action, jax.tree.map(jnp.asarray, params))
-        check(step.traces == 1, "step was traced again; params have to be arrays, not Python numbers")
+        check(step.traces == 1, "step was traced again; give default_params a fixed type, such as jnp.float32(1.0)")
     with check.clause("the same key, state and action give the same step"):
         again = step(step_keys[0, 0], env_state, action, params)
         check(_equal((next_state, timestep), again), "two calls differ")
@@ -169,6 +166,23 @@ def _check_description(env: Environment, check: _Checker) -> None:
     with check.clause("params are a pytree of arrays"):
         for path, leaf in jax.tree_util.tree_leaves_with_path(env.default_params):
             check(hasattr(leaf, "dtype"), f"default_params{jax.tree_util.keystr(path)} is a {type(leaf).__name__}")
+
+
+def _draw(env: Environment, key: jax.Array, num_envs: int, num_steps: int) -> tuple[jax.Array, ...]:
+    """All keys and actions of the check, in one program: start keys and others that share only the first, step keys and
+    actions of two lanes, a key for ``refresh`` and one for samples.
+    """
+
+    @jax.jit
+    def draw(key):
+        key_start, key_rollout, key_action, key_refresh, key_sample = jax.random.split(key, 5)
+        drawn = jax.random.split(key_start, 2 * num_envs - 1)
+        other = jnp.concatenate([drawn[:1], drawn[num_envs:]])
+        step_keys = jax.random.split(key_rollout, (2, num_steps, num_envs))
+        actions = _random_action(env.action_space, key_action, (2, num_steps, num_envs))
+        return drawn[:num_envs], other, step_keys, actions, key_refresh, key_sample
+
+    return draw(key)
 
 
 def _check_array(check: _Checker, array: Any, shape: tuple[int, ...], dtype: Any, what: str = "obs") -> None:

@@ -251,7 +251,8 @@ def _run_training(args: TrainArgs, spec, objective) -> int:
                     listener(event)
 
             result = run(spec, store, report, algorithm=algorithm)
-    return _EXIT_FAILED if result.status == "failed" else 0
+    # An interrupted run is not done either: what follows in a script must not take it for finished.
+    return 0 if result.status == "finished" else _EXIT_FAILED
 
 
 def _logger(name: str, out: Path, spec) -> Callable:

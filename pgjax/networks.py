@@ -90,7 +90,7 @@ class PolicyHead(nn.Module):
             log_std = jnp.log(nn.softplus(raw) + _MIN_STD)
         else:
             mean = out
-            log_std = self.param("log_std", nn.initializers.zeros, (self.size,))
+            log_std = self.param("log_std", nn.initializers.zeros, (self.size,), jnp.float32)
             log_std = jnp.broadcast_to(log_std, mean.shape).astype(mean.dtype)
         return (TanhGaussian if self.distribution.startswith("tanh") else DiagGaussian)(mean, log_std)
 

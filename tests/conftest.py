@@ -1,4 +1,4 @@
-"""Fixtures for the tests of our own mathematics; third-party environments do not pass them, so none is global."""
+"""Fixtures for the tests of our own mathematics; third-party environments do not pass the strict ones, so none is global."""
 
 import warnings
 
@@ -18,4 +18,17 @@ def strict():
 def float64():
     """64-bit floats, for identities that hold exactly."""
     with jax.enable_x64(True):
+        yield
+
+
+@pytest.fixture(autouse=True, scope="session")
+def compile_once(tmp_path_factory):
+    """Programs that several tests compile alike come from a cache that lives as long as the session."""
+    with pytest.MonkeyPatch.context() as patch:
+        folder = str(tmp_path_factory.mktemp("programs"))
+        # For the processes that tests start.
+        patch.setenv("JAX_COMPILATION_CACHE_DIR", folder)
+        patch.setenv("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.1")
+        jax.config.update("jax_compilation_cache_dir", folder)
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
         yield

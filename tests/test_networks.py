@@ -10,7 +10,7 @@ from scipy import signal
 
 from pgjax.distributions import Categorical, DiagGaussian, TanhGaussian
 from pgjax.errors import RequestError
-from pgjax.networks import ACTIVATIONS, ActorCritic, make_networks
+from pgjax.networks import ACTIVATIONS, ActorCritic, Networks, make_networks
 from pgjax.spaces import Box, Discrete
 
 pytestmark = pytest.mark.usefixtures("strict")
@@ -19,11 +19,21 @@ OBS, IMAGE = Box((4,)), Box((10, 10, 4), 0, 1)
 FEW, BOX = Discrete(3), Box((2,), -1.0, 1.0)
 
 
-def build(observation_space=OBS, action_space=FEW, seed=0, **kwargs):
-    """The networks with jitted functions, and parameters."""
-    networks = make_networks(observation_space, action_space, **kwargs)
-    networks = networks._replace(policy=jax.jit(networks.policy), value=jax.jit(networks.value))
-    return networks, jax.jit(networks.init)(jax.random.key(seed))
+def make(observation_space=OBS, action_space=FEW, **kwargs):
+    """The networks, their functions compiled."""
+    return Networks(*map(jax.jit, make_networks(observation_space, action_space, **kwargs)))
+
+
+def start(*spaces, seed=0, **kwargs):
+    """The initial parameters."""
+    return make(*spaces, **kwargs).init(jax.random.key(seed))
+
+
+def make_with_params(*spaces, **kwargs):
+    """Networks with random numbers for all parameters, so that zero biases and equal log_std hide nothing."""
+    networks, rng = make(*spaces, **kwargs), np.random.default_rng(1)
+    shapes = jax.eval_shape(networks.init, jax.random.key(0))
+    return networks, jax.tree.map(lambda x: jnp.asarray(0.4 * rng.normal(size=x.shape), jnp.float32), shapes)
 
 
 def layers(network, part):
@@ -45,15 +55,9 @@ def forward(network, x, activation=np.tanh):
     return x
 
 
-def shifted(params, seed=1):
-    """Every parameter moved, so that zero biases and equal log_std hide nothing."""
-    rng = np.random.default_rng(seed)
-    return jax.tree.map(lambda p: p + jnp.asarray(0.3 * rng.normal(size=p.shape), jnp.float32), params)
-
-
 def test_orthogonal_scales():
     """WᵀW, or WWᵀ for a wide layer, is the squared scale times the identity: √2 hidden, 0.01 policy, 1 value."""
-    _, params = build(hidden_sizes=(64, 32))
+    params = start(hidden_sizes=(64, 32))
     for network, head_scale in ((params.actor, 0.01), (params.critic, 1.0)):
         *hidden, head = kernels(network)
         for kernel, scale in [(kernel, np.sqrt(2)) for kernel in hidden] + [(head, head_scale)]:
@@ -65,11 +69,12 @@ def test_orthogonal_scales():
 
 
 def test_orthogonal_convolution_and_head_scale_none():
-    _, params = build(IMAGE, policy_head_scale=None)
+    params = start(Box((4, 5, 2), 0, 1), policy_head_scale=None, hidden_sizes=(8,))
     convolution, dense, head = kernels(params.actor)
-    assert convolution.shape == (3, 3, 4, 16) and dense.shape == (8 * 8 * 16, 128)
+    assert convolution.shape == (3, 3, 2, 16) and dense.shape == (2 * 3 * 16, 8)
     flat = convolution.reshape(-1, 16)
     np.testing.assert_allclose(flat.T @ flat, 2 * np.eye(16), atol=1e-5)
+    np.testing.assert_allclose(dense.T @ dense, 2 * np.eye(8), atol=1e-5)
     np.testing.assert_allclose(head.T @ head, 2 * np.eye(3), atol=1e-5)
 
 
@@ -77,7 +82,7 @@ def test_orthogonal_convolution_and_head_scale_none():
 def test_lecun_has_variance_one_over_fan_in_everywhere(name):
     kwargs = {"kernel_init": name, "hidden_sizes": (256, 256), "distribution": "tanh_gaussian_state"}
     wide = Box((64,)), Box((32,), -1.0, 1.0)
-    _, params = build(*wide, policy_head_scale=None, **kwargs)
+    params = start(*wide, policy_head_scale=None, **kwargs)
     for kernel in kernels(params.actor) + kernels(params.critic):
         variance = 1 / kernel.shape[0]
         assert abs(kernel.var() / variance - 1) < 6 / np.sqrt(kernel.size)
@@ -85,15 +90,15 @@ def test_lecun_has_variance_one_over_fan_in_everywhere(name):
             assert 0.9 < np.abs(kernel).max() / np.sqrt(3 * variance) <= 1.000001
         else:
             assert np.abs(kernel).max() > np.sqrt(3 * variance)
-    _, scaled = build(*wide, policy_head_scale=0.01, **kwargs)
+    scaled = start(*wide, policy_head_scale=0.01, **kwargs)
     for kernel, original in zip(kernels(scaled.actor), kernels(params.actor), strict=True):
         factor = 0.01 if kernel.shape[1] == 64 else 1.0
         np.testing.assert_allclose(kernel, factor * original, rtol=1e-5)
 
 
 def test_nothing_is_drawn_twice():
-    _, params = build(hidden_sizes=(16, 16))
-    _, other = build(hidden_sizes=(16, 16), seed=1)
+    params = start(hidden_sizes=(16, 16), kernel_init="lecun_normal")
+    other = start(hidden_sizes=(16, 16), kernel_init="lecun_normal", seed=1)
     everything = [k for p in (params, other) for network in p for k in kernels(network)]
     for i, a in enumerate(everything):
         for b in everything[i + 1 :]:
@@ -111,8 +116,7 @@ def test_mlp_equals_numpy(activation):
         "gelu": lambda x: x / 2 * (1 + np.tanh(np.sqrt(2 / np.pi) * (x + 0.044715 * x**3))),
         "leaky_relu": lambda x: np.where(x > 0, x, 0.01 * x),
     }[activation]
-    networks, params = build(hidden_sizes=(8, 6), critic_hidden_sizes=(5,), activation=activation)
-    params = shifted(params)
+    networks, params = make_with_params(hidden_sizes=(8, 6), critic_hidden_sizes=(5,), activation=activation)
     obs = np.random.default_rng(0).normal(size=(7, 4)).astype(np.float32)
     dist = networks.policy(params, obs)
     assert isinstance(dist, Categorical)
@@ -132,12 +136,9 @@ def test_mlp_equals_numpy(activation):
     ],
 )
 def test_gaussian_heads(distribution, kind):
-    networks, params = build(OBS, BOX, distribution=distribution, hidden_sizes=(8,))
+    networks, params = make_with_params(OBS, BOX, distribution=distribution, hidden_sizes=(8,))
     obs = np.random.default_rng(0).normal(size=(7, 4)).astype(np.float32)
     state_dependent = distribution.endswith("state")
-    if not state_dependent:
-        np.testing.assert_array_equal(networks.policy(params, obs).log_std, np.zeros((7, 2)))
-    params = shifted(params)
     dist = networks.policy(params, obs)
     assert type(dist) is kind
     out = forward(params.actor, obs)
@@ -151,25 +152,31 @@ def test_gaussian_heads(distribution, kind):
 
 
 def test_log_std_init():
-    networks, params = build(OBS, BOX, log_std_init=-0.7, hidden_sizes=(8,))
-    np.testing.assert_allclose(networks.policy(params, jnp.ones(4)).log_std, [-0.7, -0.7])
+    for distribution in ("auto", "tanh_gaussian"):
+        params = start(
+            OBS, BOX, distribution=distribution, log_std_init=-0.7, hidden_sizes=(), kernel_init="lecun_normal"
+        )
+        np.testing.assert_allclose(params.actor["head"]["params"]["log_std"], [-0.7, -0.7])
+    params = start(OBS, BOX, hidden_sizes=(), kernel_init="lecun_normal")
+    np.testing.assert_array_equal(params.actor["head"]["params"]["log_std"], [0.0, 0.0])
 
 
 def test_state_dependent_std_stays_positive_and_differentiable():
-    networks, params = build(OBS, BOX, distribution="gaussian_state", hidden_sizes=(), policy_head_scale=None)
+    networks, params = make_with_params(OBS, BOX, distribution="gaussian_state", hidden_sizes=())
 
+    @jax.jit
+    @jax.value_and_grad
     def entropy(obs):
         return networks.policy(params, obs).entropy()
 
     for size in (1e4, -1e4):
-        value, gradient = jax.value_and_grad(entropy)(jnp.full(4, size))
+        value, gradient = entropy(jnp.full(4, size))
         assert np.isfinite(value) and np.isfinite(gradient).all()
         assert (np.exp(networks.policy(params, jnp.full(4, size)).log_std) >= 0.000999).all()
 
 
 def test_convolution_equals_scipy():
-    networks, params = build(IMAGE, activation="relu", hidden_sizes=(8,))
-    params = shifted(params)
+    networks, params = make_with_params(IMAGE, activation="relu", hidden_sizes=(8,))
     obs = np.random.default_rng(0).random((2, 10, 10, 4)).astype(np.float32)
     convolution, dense = layers(params.actor, "torso")
     kernel = np.asarray(convolution["kernel"])
@@ -188,7 +195,7 @@ def test_convolution_equals_scipy():
 
 @pytest.mark.parametrize("observation_space", [OBS, IMAGE, Box(()), Box((2, 3))], ids=lambda space: str(space.shape))
 def test_any_leading_axes(observation_space):
-    networks, params = build(observation_space, hidden_sizes=(8,))
+    networks, params = make_with_params(observation_space, hidden_sizes=(8,))
     obs = np.random.default_rng(0).normal(size=(3, 2, *observation_space.shape)).astype(np.float32)
     logits, value = networks.policy(params, obs).logits, networks.value(params, obs)
     assert logits.shape == (3, 2, 3) and value.shape == (3, 2)
@@ -199,7 +206,7 @@ def test_any_leading_axes(observation_space):
 
 
 def test_mlp_flattens_images_and_takes_bool_observations():
-    networks, params = build(IMAGE, torso="mlp")
+    networks, params = make_with_params(IMAGE, torso="mlp")
     assert [k.shape for k in kernels(params.actor)] == [(400, 64), (64, 64), (64, 3)]
     obs = np.random.default_rng(0).random((5, 10, 10, 4)) < 0.5
     want = networks.value(params, obs.astype(np.float32))
@@ -208,16 +215,15 @@ def test_mlp_flattens_images_and_takes_bool_observations():
 
 
 def test_linear_networks():
-    networks, params = build(hidden_sizes=())
+    networks, params = make_with_params(hidden_sizes=())
     obs = np.arange(4, dtype=np.float32)
-    params = shifted(params)
     np.testing.assert_allclose(networks.policy(params, obs).logits, forward(params.actor, obs), rtol=1e-5)
 
 
 @pytest.mark.parametrize("shared", [False, True])
 def test_where_gradients_flow(shared):
     """Apart: each loss moves its own network. Shared: both move the torso, and each its own head."""
-    networks, params = build(hidden_sizes=(8,), shared_torso=shared)
+    networks, params = make_with_params(hidden_sizes=(8,), shared_torso=shared)
     obs = jnp.ones((5, 4))
     assert set(params.critic) == ({"head"} if shared else {"torso", "head"})
 
@@ -238,7 +244,7 @@ def test_where_gradients_flow(shared):
 
 
 def test_shared_torso_is_evaluated_once_under_jit():
-    networks, params = build(hidden_sizes=(64, 64), shared_torso=True)
+    networks, params = make_with_params(hidden_sizes=(64, 64), shared_torso=True)
     obs = jnp.ones((50, 4))
 
     def flops(fn):
@@ -252,26 +258,36 @@ def test_shared_torso_is_evaluated_once_under_jit():
 
 
 def test_the_policy_needs_no_critic():
-    networks, params = build(shared_torso=True)
+    networks, params = make_with_params(shared_torso=True)
     got = networks.policy(ActorCritic(params.actor, None), jnp.ones(4)).logits
     np.testing.assert_array_equal(got, networks.policy(params, jnp.ones(4)).logits)
 
 
 def test_lanes_equal_single_networks():
-    networks, _ = build(OBS, BOX, hidden_sizes=(8,))
-    keys = jax.random.split(jax.random.key(3), 2)
-    lanes = jax.jit(jax.vmap(networks.init))(keys)
+    networks = make(OBS, BOX, hidden_sizes=(8,), kernel_init="lecun_uniform")
+    lanes = jax.jit(jax.vmap(networks.init))(jax.random.split(jax.random.key(3), 2))
     obs = jnp.ones((2, 5, 4))
     together = jax.jit(jax.vmap(networks.policy))(lanes, obs).mean
     for i in range(2):
-        single = jax.jit(networks.init)(jax.random.split(jax.random.key(3), 2)[i])
+        single = networks.init(jax.random.split(jax.random.key(3), 2)[i])
         for a, b in zip(jax.tree.leaves(single), jax.tree.leaves(lanes), strict=True):
             np.testing.assert_allclose(a, b[i], atol=1e-5)
         np.testing.assert_allclose(networks.policy(single, obs[i]).mean, together[i], atol=1e-5)
 
 
+def test_initial_parameters_keep_their_values_under_float64():
+    """The drawn type is float32 whatever JAX's default is, so a switch of precision starts from the same network."""
+    kwargs = {"hidden_sizes": (8,), "kernel_init": "lecun_uniform"}
+    want = start(OBS, BOX, **kwargs)
+    with jax.enable_x64(True):
+        got = start(OBS, BOX, **kwargs)
+    for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
+        assert a.dtype == b.dtype == jnp.float32
+        np.testing.assert_array_equal(a, b)
+
+
 def test_float64(float64):
-    networks, params = build(OBS, BOX)
+    networks, params = make_with_params(OBS, BOX)
     params = jax.tree.map(lambda p: p.astype(jnp.float64), params)
     dist = networks.policy(params, jnp.ones((3, 4)))
     assert dist.mean.dtype == dist.log_std.dtype == networks.value(params, jnp.ones((3, 4))).dtype == jnp.float64
