@@ -52,11 +52,11 @@ class Categorical:
         return jnp.argmax(self.logits, axis=-1).astype(jnp.int32)
 
     def log_prob(self, action: jax.Array) -> jax.Array:
-        """log p(action), [*sample, *batch], of integers in range of that shape; NaN above the range."""
-        shape = jnp.broadcast_shapes(jnp.shape(action), self.logits.shape[:-1])
-        log_prob = jnp.broadcast_to(jax.nn.log_softmax(self.logits), (*shape, self.logits.shape[-1]))
-        index = jnp.broadcast_to(action, shape)[..., None]
-        return jnp.take_along_axis(log_prob, index, axis=-1)[..., 0]
+        """log p(action), [*sample, *batch], of integers of that shape, which must be in range."""
+        # Selected and summed, not gathered: the gradient of a gather is a scatter, which a CPU runs entry by entry.
+        chosen = jnp.asarray(action)[..., None] == jnp.arange(self.logits.shape[-1])
+        log_prob = jnp.broadcast_to(jax.nn.log_softmax(self.logits), chosen.shape)
+        return jnp.where(chosen, log_prob, 0.0).sum(-1)
 
     def entropy(self, key: jax.Array | None = None) -> jax.Array:
         """-Σ_a p(a) log p(a), [*batch]. Exact; ``key`` is not used."""

@@ -72,7 +72,7 @@ class Setup:
     action_map: str = "auto"
     torso: str = "auto"
     shared_torso: bool = False
-    hidden_sizes: tuple[int, ...] = (64, 64)
+    hidden_sizes: tuple[int, ...] | None = None
     critic_hidden_sizes: tuple[int, ...] | None = None
     activation: str = "tanh"
     kernel_init: str = "orthogonal"

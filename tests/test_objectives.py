@@ -1,0 +1,325 @@
+"""Objectives and their gradients against what the papers say, derived in NumPy.
+
+The gradients of the update that an algorithm ships are read off Adam's first moment: without decay it is the gradient.
+"""
+
+import importlib
+import itertools
+from types import SimpleNamespace
+from unittest import mock
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.flatten_util import ravel_pytree
+
+from pgjax import estimators, on_policy, updates
+from pgjax.algorithms import a2c, get, list_algorithms, ppo, reinforce
+from pgjax.distributions import Categorical
+from pgjax.networks import ActorCritic
+from pgjax.optimizers import init_opt_state
+from pgjax.spaces import Box, Discrete
+from pgjax.types import Sample
+
+RATIOS = np.array([0.3, 0.5, 0.79, 0.81, 1.0, 1.19, 1.21, 1.3, 3.0])
+
+
+def test_clipped_surrogate_and_its_gradient_for_every_case(float64):
+    ratio, advantage = (x.ravel() for x in np.meshgrid(RATIOS, [-2.0, -0.5, 0.5, 2.0]))
+    log_ratio = np.log(ratio)
+    value = ppo.clip_surrogate(log_ratio, advantage, 0.2)
+    slope = jax.grad(lambda log_ratio: ppo.clip_surrogate(log_ratio, advantage, 0.2).sum())(log_ratio)
+    for r, a, v, s in zip(ratio, advantage, value, slope, strict=True):
+        # In units of the gradient of log pi, which is what the log ratio stands for.
+        cut = (a > 0 and r > 1.2) or (a < 0 and r < 0.8)
+        np.testing.assert_allclose(s, 0 if cut else r * a, rtol=1e-12)
+        np.testing.assert_allclose(v, min(r * a, min(max(r, 0.8), 1.2) * a), rtol=1e-12)
+        assert v <= r * a + 1e-12
+        if 0.8 <= r <= 1.2:
+            np.testing.assert_allclose(v, r * a, rtol=1e-12)
+    unclipped = ppo.clip_surrogate(log_ratio, advantage, np.inf)
+    np.testing.assert_allclose(unclipped, ratio * advantage, rtol=1e-12)
+
+
+def test_policy_gradient_objective_has_the_advantage_as_its_slope_everywhere(float64):
+    slope = jax.grad(lambda x: a2c.policy_gradient(x, jnp.array([2.0, -3.0])).sum())(jnp.array([0.7, -1.0]))
+    np.testing.assert_array_equal(slope, [2.0, -3.0])
+
+
+def test_clipped_value_loss_is_never_below_the_squared_one_and_equal_near_the_old_value(float64):
+    rng = np.random.default_rng(0)
+    value, target = rng.normal(size=(2, 1000))
+    old = value + rng.normal(size=1000) / 2
+    hypers = ppo.Hypers(value_clip_eps=0.3)
+    squared, clipped = (
+        np.asarray(updates.value_loss(SimpleNamespace(value_loss=kind), hypers, value, old, target))
+        for kind in ("squared", "clipped")
+    )
+    np.testing.assert_allclose(squared, 0.5 * (value - target) ** 2, rtol=1e-12)
+    assert (clipped >= squared).all() and (clipped > squared).any()
+    near = np.abs(value - old) <= 0.3
+    np.testing.assert_allclose(clipped[near], squared[near], rtol=1e-12)
+    held = np.where(value > old, old + 0.3, old - 0.3)
+    expected = np.maximum(squared, 0.5 * (held - target) ** 2)
+    np.testing.assert_allclose(clipped[~near], expected[~near], rtol=1e-12)
+
+
+# ---- At the old policy ----------------------------------------------------------------------------------------------
+
+
+def objective_of(name):
+    """What the shipped file of an algorithm maximises: ``(sample, hypers) -> [N]``, and its hypers."""
+    module = importlib.import_module(get(name).__name__)
+    taken = []
+
+    def take(objective, estimate):
+        taken.append(objective)
+        return lambda *args: None
+
+    with mock.patch.object(module, "minibatch_sgd", take):
+        module.make(SPACES)
+    (objective,) = taken
+    return lambda sample, hypers: objective(sample, hypers, None), module.Hypers()
+
+
+S, A, T = 3, 2, 3
+SPACES = SimpleNamespace(observation_space=Box((S,)), action_space=Discrete(A))
+
+
+def softmax(logits):
+    weight = np.exp(logits - logits.max(-1, keepdims=True))
+    return weight / weight.sum(-1, keepdims=True)
+
+
+@pytest.mark.parametrize("name", list_algorithms())
+def test_at_the_old_policy_every_objective_has_the_policy_gradient(float64, name):
+    rng = np.random.default_rng(0)
+    logits, advantage = rng.normal(size=(10, 4)), rng.normal(size=10)
+    action = rng.integers(4, size=10)
+    objective, hypers = objective_of(name)
+
+    def value(logits):
+        dist, dist_old = Categorical(logits), Categorical(jax.lax.stop_gradient(logits))
+        log_ratio = dist.log_prob(action) - dist_old.log_prob(action)
+        return objective(Sample(log_ratio, advantage, dist, dist_old, 0.3), hypers).mean()
+
+    # d log softmax(z)[a] / d z = e_a - softmax(z)
+    expected = advantage[:, None] * (np.eye(4)[action] - softmax(logits)) / 10
+    np.testing.assert_allclose(jax.grad(value)(jnp.asarray(logits)), expected, rtol=1e-9, atol=1e-14)
+
+
+# ---- The shipped update on a chain of three states, over all of its trajectories ------------------------------------
+
+# Action 1 moves right, action 0 left; an episode is three steps long and starts in state 1.
+REWARD = np.random.default_rng(5).normal(size=(S, A))
+GAMMA, START = 0.8, 1
+LOGITS = np.array([[0.3, -0.2], [0.1, 0.8], [-0.5, 0.4]])
+PROB = softmax(LOGITS)
+
+
+def move(state, action):
+    return min(state + 1, S - 1) if action else max(state - 1, 0)
+
+
+def trajectories():
+    """All sequences of actions [8, T], the states acted on [8, T], and the probability of each [8]."""
+    actions = np.array(list(itertools.product(range(A), repeat=T)))
+    states = np.zeros_like(actions)
+    probability = np.ones(len(actions))
+    for i, sequence in enumerate(actions):
+        state = START
+        for t, action in enumerate(sequence):
+            states[i, t] = state
+            probability[i] *= PROB[state, action]
+            state = move(state, action)
+    return actions, states, probability
+
+
+ACTIONS, STATES, PROBABILITY = trajectories()
+
+
+def exact_policy_gradient():
+    """Σ_t E[∇ log π(a_t|s_t) Q_t(s_t, a_t)] / T in the logits [S, A], by dynamic programming over the tree of steps."""
+    q = np.zeros((T, S, A))
+    for t in reversed(range(T)):
+        for state, action in np.ndindex(S, A):
+            q[t, state, action] = REWARD[state, action]
+            if t + 1 < T:
+                after = move(state, action)
+                q[t, state, action] += GAMMA * PROB[after] @ q[t + 1, after]
+    visits = np.zeros((T, S))
+    visits[0, START] = 1
+    for t in range(T - 1):
+        for state, action in np.ndindex(S, A):
+            visits[t + 1, move(state, action)] += visits[t, state] * PROB[state, action]
+    gradient = np.zeros((S, A))
+    for t, state in np.ndindex(T, S):
+        centred = q[t, state] - PROB[state] @ q[t, state]
+        gradient[state] += visits[t, state] * PROB[state] * centred
+    return gradient / T, (PROB * q).sum(-1)
+
+
+class Chain:
+    """The gradient that an algorithm's update takes on each of the trajectories, as one compiled function."""
+
+    def __init__(self, module, **setup):
+        taken, make = {}, on_policy.make
+
+        def take(*args, update, estimate=on_policy.gae_estimate, **kwargs):
+            taken.update(update=update, estimate=estimate)
+            return make(*args, update=update, estimate=estimate, **kwargs)
+
+        shared = dict(num_envs=1, num_steps=T, hidden_sizes=(), gradient_clip="none", normalize_advantage="none")
+        shared.update(num_epochs=1, num_minibatches=1)
+        with mock.patch.object(on_policy, "make", take):
+            algorithm = module.make(SPACES, module.Setup(**{**shared, **setup}))
+        core = algorithm.core
+        hypers = module.Hypers(gamma=GAMMA, gae_lambda=1.0, entropy_coef=0.0, adam_b1=0.0, learning_rate=0.01)
+        self.hypers = jax.tree.map(np.float64, hypers)
+
+        def gradient(hypers, logits, values, reward, state, action):
+            # Linear networks without biases on one-hot states are tables.
+            zero = jnp.zeros((), jnp.float64)
+            tree = jax.eval_shape(lambda key: core.unravel(core.networks.init(key)), jax.random.key(0))
+            tree = jax.tree.map(lambda x: jnp.full(x.shape, zero), tree)
+            tree.actor["head"]["params"]["Dense_0"]["kernel"] = logits
+            tree.critic["head"]["params"]["kernel"] = values[:, None]
+            params = ActorCritic(*(ravel_pytree(part)[0] for part in tree))
+            learner = on_policy.Learner(
+                params, init_opt_state(core.setup, hypers, params), jnp.ones(()), None, None, None, None
+            )
+            obs = jax.nn.one_hot(state, S)[:, None]
+            dist = core.networks.policy(params, obs)
+            end = (jnp.arange(T) == T - 1)[:, None]
+            batch = on_policy.Batch(
+                obs=obs,
+                final_obs=jnp.roll(obs, -1, axis=0),
+                action=action[:, None],
+                reward=reward[:, None],
+                terminated=end,
+                truncated=end & False,
+                dist_old=dist,
+                log_prob_old=dist.log_prob(action[:, None]),
+                value=None,
+                next_value=None,
+            )
+            batch = on_policy.with_values(core, params, batch)
+            batch = taken["estimate"](core, hypers, learner, batch)
+            new, _ = taken["update"](core, jax.random.key(0), learner, batch, hypers, 0.0)
+            actor = core.unravel(new.opt_state._replace(actor=new.opt_state.actor.mu, critic=None)).actor
+            return actor["head"]["params"]["Dense_0"]["kernel"], core.unravel(new.params).actor
+
+        self._run = jax.jit(jax.vmap(gradient, (None, None, None, 0, 0, 0)))
+
+    def ascent(self, values=(0.0, 0.0, 0.0), scale=1.0, logits=LOGITS, **hypers):
+        """Direction of ascent on each trajectory [8, S, A], in the logits, and the actor after the step."""
+        hypers = self.hypers.replace(**{name: np.float64(value) for name, value in hypers.items()})
+        reward = scale * REWARD[STATES, ACTIONS]
+        gradient, actor = self._run(hypers, jnp.asarray(logits), jnp.asarray(values), reward, STATES, ACTIONS)
+        return -np.asarray(gradient), actor
+
+
+def expected(per_trajectory):
+    return np.einsum("i,isa->sa", PROBABILITY, per_trajectory)
+
+
+VALUES = (5.0, -3.0, 0.7)
+
+
+@pytest.fixture(scope="module")
+def chains():
+    with jax.enable_x64(True):
+        yield {
+            "none": Chain(reinforce, baseline="none"),
+            "value": Chain(reinforce, baseline="value"),
+            "a2c": Chain(a2c),
+            "ppo": Chain(ppo),
+        }
+
+
+def test_reinforce_is_the_exact_policy_gradient_on_average(float64, chains):
+    exact, _ = exact_policy_gradient()
+    assert np.abs(exact).min() > 1e-3
+    np.testing.assert_allclose(expected(chains["none"].ascent()[0]), exact, rtol=1e-9)
+
+
+def test_a_baseline_changes_the_spread_and_not_the_mean(float64, chains):
+    exact, value = exact_policy_gradient()
+    spreads = {}
+    for kind, baseline in (("wild", VALUES), ("good", value.mean(0))):
+        each = chains["value"].ascent(baseline)[0]
+        np.testing.assert_allclose(expected(each), exact, rtol=1e-8, atol=1e-12)
+        spreads[kind] = (PROBABILITY @ ((each - exact) ** 2).sum((1, 2))).item()
+    each = chains["none"].ascent()[0]
+    spreads["none"] = (PROBABILITY @ ((each - exact) ** 2).sum((1, 2))).item()
+    assert spreads["good"] < spreads["none"] < spreads["wild"]
+
+
+def test_a2c_with_lambda_1_is_reinforce_with_a_value_baseline(float64, chains):
+    one, other = (chains[name].ascent(VALUES)[0] for name in ("value", "a2c"))
+    np.testing.assert_allclose(one, other, rtol=1e-9, atol=1e-14)
+    # And with a lambda below 1 it is not.
+    assert np.abs(chains["a2c"].ascent(VALUES, gae_lambda=0.5)[0] - one).max() > 1e-2
+
+
+def test_ppo_at_the_old_policy_is_a2c(float64, chains):
+    one, other = (chains[name].ascent(VALUES, gae_lambda=0.9)[0] for name in ("ppo", "a2c"))
+    np.testing.assert_allclose(one, other, rtol=1e-9, atol=1e-14)
+
+
+def test_scaled_rewards_scale_the_gradient_without_a_baseline(float64, chains):
+    one, scaled = (chains["none"].ascent(scale=scale)[0] for scale in (1.0, 7.0))
+    np.testing.assert_allclose(scaled, 7 * one, rtol=1e-9, atol=1e-14)
+
+
+def test_the_entropy_bonus_alone_raises_the_entropy(float64, chains):
+    logits, entropies = 3 * LOGITS, []
+    for _ in range(5):
+        prob = softmax(logits)[np.unique(STATES[0])]
+        entropies.append(-(prob * np.log(prob)).sum())
+        _, actor = chains["none"].ascent(scale=0.0, logits=logits, entropy_coef=1.0, learning_rate=0.05)
+        # Of the trajectory that goes left; the states it does not visit stay as they are.
+        logits = np.asarray(actor["head"]["params"]["Dense_0"]["kernel"])[0]
+    assert (np.diff(entropies) > 1e-3).all()
+
+
+def test_sampled_kl_is_never_negative_and_right_on_average(float64):
+    rng = np.random.default_rng(0)
+    moved, scale = 0.3, 1.2
+    action = rng.normal(size=200_000)
+    log_ratio = -0.5 * ((action - moved) / scale) ** 2 - np.log(scale) + 0.5 * action**2
+    estimate = np.expm1(log_ratio) - log_ratio
+    exact = np.log(scale) + (1 + moved**2) / (2 * scale**2) - 0.5
+    assert (estimate >= 0).all()
+    assert abs(estimate.mean() - exact) < 4 * estimate.std() / np.sqrt(len(estimate))
+    core = SimpleNamespace(
+        networks=SimpleNamespace(policy=lambda params, obs: FixedRatio(jnp.asarray(log_ratio))), setup=None
+    )
+    batch = SimpleNamespace(obs=None, action=None, log_prob_old=0.0, advantage=0.0, dist_old=None, weight=None)
+    batch.value_target = None
+    hypers = SimpleNamespace(entropy_coef=0.0)
+    _, (parts, _) = updates.surrogate_loss(core, lambda *args: jnp.zeros(1), None, None, batch, None, hypers, 0.0)
+    np.testing.assert_allclose(parts["kl_sampled"], estimate.mean(), rtol=1e-9)
+
+
+class FixedRatio:
+    def __init__(self, log_ratio):
+        self._log_ratio = log_ratio
+
+    def log_prob(self, action):
+        return self._log_ratio
+
+    def entropy(self, key):
+        return jnp.zeros(1)
+
+
+def test_returns_and_advantages_agree_where_the_whole_episode_is_seen(float64):
+    rng = np.random.default_rng(0)
+    reward, value, next_value = rng.normal(size=(3, 6, 2))
+    end = np.zeros((6, 2), bool)
+    end[-1] = True
+    advantage, target = estimators.gae(reward, value, next_value, end, end & False, 0.9, 1.0)
+    return_ = estimators.reward_to_go(reward, end, end & False, 0.9)
+    np.testing.assert_allclose(target, return_, rtol=1e-12)
+    np.testing.assert_allclose(advantage, return_ - value, rtol=1e-12)
