@@ -32,7 +32,9 @@ def make(name: str, env, hypers: dict | None = None, *, objective=None, networks
     """
     module = get(name)
     plugs = {key: plug for key, plug in (("objective", objective), ("networks", networks)) if plug is not None}
-    return module.make(env, module_setup(module, setup), module.Hypers(**_known(module.Hypers, "hypers", hypers or {})), **plugs)
+    return module.make(
+        env, module_setup(module, setup), module.Hypers(**_known(module.Hypers, "hypers", hypers or {})), **plugs
+    )
 
 
 def module_setup(module, fields: dict):

@@ -8,7 +8,6 @@ import dataclasses
 from typing import Literal
 
 import jax
-from flax import struct
 
 from pgjax import on_policy
 from pgjax.updates import minibatch_sgd, plug
@@ -21,7 +20,6 @@ class Setup(on_policy.Setup):
     normalize_advantage: Literal["minibatch", "batch", "none"] = "none"
 
 
-@struct.dataclass
 class Hypers(on_policy.Hypers):
     learning_rate: jax.Array | float = 7e-4
     entropy_coef: jax.Array | float = 0.01

@@ -8,7 +8,6 @@ from typing import Literal
 
 import jax
 import jax.numpy as jnp
-from flax import struct
 
 from pgjax import on_policy
 from pgjax.updates import minibatch_sgd, plug
@@ -21,7 +20,6 @@ class Setup(on_policy.Setup):
     value_loss: Literal["clipped", "squared"] = "clipped"
 
 
-@struct.dataclass
 class Hypers(on_policy.Hypers):
     """clip_eps: how far the ratio may leave 1 before a sample stops pushing it further."""
 

@@ -9,7 +9,6 @@ from typing import Literal
 
 import jax
 import jax.numpy as jnp
-from flax import struct
 
 from pgjax import estimators, normalizers, on_policy
 from pgjax.algorithms.a2c import policy_gradient
@@ -33,7 +32,6 @@ class Setup(on_policy.Setup):
     value_steps: int = 1
 
 
-@struct.dataclass
 class Hypers(on_policy.Hypers):
     learning_rate: jax.Array | float = 1e-3
     entropy_coef: jax.Array | float = 0.01
@@ -51,13 +49,15 @@ def returns_estimate(core, hypers, learner, batch):
     value, next_value = batch.value, batch.next_value
     if moments is not None:
         value, next_value = (normalizers.denormalize(moments, v) for v in (value, next_value))
-    bootstrap = next_value if learned and setup.boundary == "bootstrap" else 0.0
-    tail, weight = 0.0, None
+    bootstrap = next_value if learned and setup.boundary == "bootstrap" else jnp.zeros_like(next_value)
+    truncated, weight = batch.truncated, None
     if setup.tail == "bootstrap":
-        tail = next_value[-1]  # the end of the batch is no episode's end
+        # The end of the batch is a cut like a time limit, and the critic stands for the rest, whatever ``boundary`` says.
+        bootstrap = bootstrap.at[-1].set(jnp.where(batch.truncated[-1], bootstrap[-1], next_value[-1]))
+        truncated = truncated.at[-1].set(~batch.terminated[-1])
     else:
         weight = estimators.complete_returns_mask(batch.terminated, batch.truncated).astype(jnp.float32)
-    return_ = estimators.reward_to_go(batch.reward, batch.terminated, batch.truncated, hypers.gamma, bootstrap, tail)
+    return_ = estimators.reward_to_go(batch.reward, batch.terminated, truncated, hypers.gamma, bootstrap)
     if not learned:
         baseline = masked_mean(return_, weight) if setup.baseline == "batch_mean" else 0.0
         return batch.replace(advantage=return_ - baseline, value_target=None, weight=weight)

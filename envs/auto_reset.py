@@ -110,14 +110,13 @@ class AutoReset:
         if self.reset_mode == "exact":
             return self._starts(key, params)
         # One vectorised start for both, because compiling it twice can take tens of seconds for a physics engine.
-        key_pool = jax.random.split(jax.random.fold_in(key[0], _POOL_STREAM), max(num_envs, MIN_POOL_SIZE))
+        key_pool = jax.random.fold_in(jax.random.clone(key)[0], _POOL_STREAM)
+        key_pool = jax.random.split(key_pool, max(num_envs, MIN_POOL_SIZE))
         states, obs = self._starts(jnp.concatenate([key, key_pool]), params)
         state, pool_state = (jax.tree.map(lambda x: x[:num_envs], states), jax.tree.map(lambda x: x[num_envs:], states))
         return Pooled(state, pool_state, obs[num_envs:]), obs[:num_envs]
 
-    def step(
-        self, key: jax.Array, env_state: PyTree, action: jax.Array, params: PyTree
-    ) -> tuple[PyTree, TimeStep]:
+    def step(self, key: jax.Array, env_state: PyTree, action: jax.Array, params: PyTree) -> tuple[PyTree, TimeStep]:
         """Advances every environment once and restarts those whose episode ended.
 
         Args:
@@ -142,16 +141,14 @@ class AutoReset:
         flat = key.reshape(-1)
         key_advance, key_restart = None, flat
         if self._advance_uses_key:
-            key_advance, key_restart = jax.vmap(jax.random.split, out_axes=1)(flat)
+            key_advance, key_restart = jax.vmap(lambda key: tuple(jax.random.split(key)))(flat)
         if self.reset_mode == "pool":
             restart = jax.vmap(jax.random.bits)(key_restart)
         else:
-            restart = self._starts(key_restart, params) if self._starts_are_small(key_restart, params) else key_restart
+            restart = self._starts(key_restart, params) if self._starts_are_small(params) else key_restart
         return jax.tree.map(lambda x: x.reshape(*key.shape, *x.shape[1:]), (key_advance, restart))
 
-    def step_presampled(
-        self, drawn: PyTree, env_state: PyTree, action: jax.Array, params: PyTree
-    ) -> tuple[PyTree, TimeStep]:
+    def step_presampled(self, drawn: PyTree, env_state: PyTree, action: jax.Array, params: PyTree) -> tuple[PyTree, TimeStep]:
         """``step`` with random numbers from ``presample``: its result for keys [B], or one row of that for [T, B]."""
         pooled = self.reset_mode == "pool"
         key_advance, restart = drawn
@@ -186,8 +183,8 @@ class AutoReset:
         # Weakly typed leaves (a counter that starts at a Python 0) would change type after the first step.
         return jax.tree.map(lambda x: _as(x, x.dtype), state), _as(obs, jnp.float32)
 
-    def _starts_are_small(self, key: jax.Array, params: PyTree) -> bool:
-        state, obs = jax.eval_shape(self._starts, key[:1], params)
+    def _starts_are_small(self, params: PyTree) -> bool:
+        state, obs = jax.eval_shape(lambda params: self._start(jax.random.key(0), params), params)
         size = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(state))
         return size <= max(1024, 4 * obs.size * obs.dtype.itemsize)
 

@@ -92,7 +92,7 @@ def from_brax(env, episode_length: int = 1000, reset_mode: str = "pool", name: s
         truncated = (steps >= params.max_episode_steps) & ~terminated
         return State(stepped, steps), _flat(stepped.obs), stepped.reward, terminated, truncated, dict(stepped.metrics)
 
-    params = Params(sys, np.int32(episode_length))
+    params = Params(sys, np.asarray(episode_length, np.int32))  # pyright: ignore[reportArgumentType]
     obs = jax.eval_shape(lambda key: start(key, params)[1], jax.random.key(0))
     return AutoReset(
         name=name or f"brax/{type(env.unwrapped).__name__.lower()}",
@@ -133,14 +133,15 @@ def _quiet_loading():
 
     MuJoCo would also write its warning to a file in the working directory.
     """
-    previous = mujoco.get_mju_user_warning()
-    mujoco.set_mju_user_warning(lambda message: None)
+    library: Any = mujoco  # a compiled module without type information for these
+    previous = library.get_mju_user_warning()
+    library.set_mju_user_warning(lambda message: None)
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="Brax System")
             yield
     finally:
-        mujoco.set_mju_user_warning(previous)
+        library.set_mju_user_warning(previous)
 
 
 def _with_sys(env, sys: PyTree):

@@ -17,9 +17,7 @@ from pgjax.errors import RequestError
 from pgjax.spaces import Box, Discrete, Space
 
 # Only gymnax's renderers use these, and they cost several seconds.
-with deferred_imports(
-    "matplotlib", "matplotlib.pyplot", "matplotlib.colors", "matplotlib.animation", "seaborn", "pandas"
-):
+with deferred_imports("matplotlib", "matplotlib.pyplot", "matplotlib.colors", "matplotlib.animation", "seaborn", "pandas"):
     import gymnax
 
 if not hasattr(gymnax.environments.environment.Environment, "is_truncated"):
@@ -161,7 +159,9 @@ def _observation_box(space) -> Box:
             low += box.bounds[0].ravel().tolist()
             high += box.bounds[1].ravel().tolist()
         return _box((len(low),), low, high)
-    return _space(space, "observation")
+    box = _space(space, "observation")
+    assert isinstance(box, Box)  # Discrete was dealt with above
+    return box
 
 
 def _observer(space):

@@ -7,6 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 
 from pgjax.errors import RequestError, close_names
 
@@ -30,7 +31,7 @@ def change_params(env, changes: Mapping[str, Any]) -> PyTree:
     """
     params = env.default_params
     for path, value in changes.items():
-        if path in _TIME_LIMITS and not isinstance(value, jax.core.Tracer) and np.max(value) > env.max_episode_steps:
+        if path in _TIME_LIMITS and not isinstance(value, Tracer) and np.max(value) > env.max_episode_steps:
             raise RequestError(
                 f"{path} = {value} is above the limit that {env.name} was made with, {env.max_episode_steps}; "
                 f"make it with episode_length = {value}"
@@ -74,7 +75,7 @@ def _fit(old: Any, path: str, value: Any) -> Any:
     shape, dtype = np.shape(old), jnp.result_type(old)
     try:
         new = numpy.asarray(value, dtype)
-        if not isinstance(value, jax.core.Tracer) and np.any(np.asarray(new) != np.asarray(value)):
+        if not isinstance(value, Tracer) and np.any(np.asarray(new) != np.asarray(value)):
             if not jnp.issubdtype(dtype, jnp.floating):
                 raise ValueError
         new = numpy.broadcast_to(new, shape)

@@ -32,7 +32,7 @@ _HYPERS = {"entropy_coef": 0.01}
 def bench(parts: tuple[str, ...], repeats: int, out: Path | None, say: Callable[[str], None]) -> int:
     """Measures ``parts`` (all if empty), says the figures, and writes them to ``out``; returns the exit code."""
     if parts == ("help",):
-        say("\n".join(f"{name:<10} {part.__doc__.splitlines()[0]}" for name, part in PARTS.items()))
+        say("\n".join(f"{name:<10} {_first_line(part)}" for name, part in PARTS.items()))
         return 0
     for name in parts:
         if name not in PARTS:
@@ -43,25 +43,22 @@ def bench(parts: tuple[str, ...], repeats: int, out: Path | None, say: Callable[
     say(f"{len(jax.devices())} x {device.device_kind} ({device.platform}), {os.cpu_count()} cores, jax {jax.__version__}")
     figures: dict[str, Any] = {"device": device.device_kind, "devices": len(jax.devices()), "jax": jax.__version__}
     for name in parts or PARTS:
-        say(f"\n{name}: {PARTS[name].__doc__.splitlines()[0]}")
+        say(f"\n{name}: {_first_line(PARTS[name])}")
         figures[name] = PARTS[name](repeats, say)
     if out:
         out.write_text(json.dumps(figures, indent=1) + "\n")
     return 0
 
 
+def _first_line(part) -> str:
+    return (part.__doc__ or "").splitlines()[0]
+
+
 def _compiled(fn, *args):
-    """``(program, seconds to trace and compile it)``, without the cache on disk."""
-    with jax.enable_compilation_cache(False) if hasattr(jax, "enable_compilation_cache") else _nothing():
-        started = time.perf_counter()
-        program = jax.jit(fn).lower(*args).compile()
-        return program, time.perf_counter() - started
-
-
-class _nothing:
-    def __enter__(self): ...
-
-    def __exit__(self, *_): ...
+    """``(program, seconds to trace and compile it)``; this command uses no cache on disk."""
+    started = time.perf_counter()
+    program = jax.jit(fn).lower(*args).compile()
+    return program, time.perf_counter() - started
 
 
 def _medians(programs: dict[str, Callable[[], Any]], repeats: int) -> dict[str, float]:
@@ -157,7 +154,13 @@ def _shares(algorithm, repeats):
         def step(env_state, x):
             keys, action = x
             env_state, timestep = env.step_presampled(keys, env_state, action, env.default_params)
-            return env_state, (timestep.obs, timestep.reward, timestep.terminated, timestep.truncated, timestep.final_obs)
+            return env_state, (
+                timestep.obs,
+                timestep.reward,
+                timestep.terminated,
+                timestep.truncated,
+                timestep.final_obs,
+            )
 
         def rollout(env_state, key):
             shape = (setup.num_steps, setup.num_envs)

@@ -1,5 +1,7 @@
 """``pgjax eval``: full episodes of a run's saved policies, in its own environment or another one."""
 
+from typing import cast
+
 import jax
 import numpy as np
 import pandas as pd
@@ -60,7 +62,8 @@ def evaluate_run(path, env: str | None, env_options: dict, num_episodes: int, se
 def summary_table(frame: pd.DataFrame) -> str:
     """Per lane and over lanes: mean return and its 95 % interval over episodes (per lane) or over lanes (IQM, bootstrap)."""
     lines = [f"{'config':>6} {'seed':>6} {'policy':<7} {'return':>10} {'+- 95 %':>9} {'length':>9}"]
-    for (policy, config, seed), rows in frame.groupby(["policy", "config", "seed"]):
+    for key, rows in frame.groupby(["policy", "config", "seed"]):
+        policy, config, seed = cast(tuple, key)
         half = 1.96 * rows["return"].std(ddof=1) / np.sqrt(len(rows)) if len(rows) > 1 else float("nan")
         lines.append(
             f"{config:>6} {seed:>6} {policy:<7} {rows['return'].mean():>10.2f} {half:>9.2f} {rows['length'].mean():>9.1f}"

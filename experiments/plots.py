@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import cast
 
 import numpy as np
 import pandas as pd
@@ -92,7 +93,7 @@ def _curves(run) -> list[tuple[str, pd.DataFrame, pd.DataFrame]]:
 
 
 def _returns(rows: pd.DataFrame, episodes: pd.DataFrame):
-    mode = episodes[episodes.policy == "mode"]
+    mode = cast(pd.DataFrame, episodes[episodes.policy == "mode"])
     if mode.empty:
         return _by_seed(rows, "env_steps", "episode_return")
     return _by_seed(mode, "env_steps", "return")

@@ -1,11 +1,11 @@
 """pgjax: the policy-gradient family under one loop, pure-functional, on vectorised JAX environments.
 
-    import jax, pgjax
+import jax, pgjax
 
-    env = pgjax.make_env("gymnax/CartPole-v1")
-    algorithm = pgjax.make("ppo", env, num_envs=4)
-    train = jax.jit(pgjax.make_train(algorithm, total_env_steps=500_000))
-    state, metrics = train(jax.random.key(0), algorithm.hypers)
+env = pgjax.make_env("gymnax/CartPole-v1")
+algorithm = pgjax.make("ppo", env, num_envs=4)
+train = jax.jit(pgjax.make_train(algorithm, total_env_steps=500_000))
+state, metrics = train(jax.random.key(0), algorithm.hypers)
 """
 
 import importlib as _importlib
@@ -32,6 +32,7 @@ _PUBLIC = {
     "make_env": "pgjax.envs",
     "from_gymnax": "pgjax.envs.gymnax",
     "from_brax": "pgjax.envs.brax",
+    "change_params": "pgjax.envs.params",
     "check_env": "pgjax.check_env",
     "make": "pgjax.algorithms",
     "make_train": "pgjax.training",
@@ -41,7 +42,7 @@ _PUBLIC = {
     "RunStore": "pgjax.store",
     "load": "pgjax.store",
 }
-__all__ = sorted([*_PUBLIC, "__version__"])
+__all__ = sorted([*_PUBLIC, "__version__"])  # pyright: ignore[reportUnsupportedDunderAll]
 
 
 def __getattr__(name):

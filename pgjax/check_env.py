@@ -38,9 +38,7 @@ class Report(NamedTuple):
     unseen: tuple[str, ...]
 
 
-def check_env(
-    env: Environment, num_envs: int = 3, num_steps: int | None = None, key: jax.Array | None = None
-) -> Report:
+def check_env(env: Environment, num_envs: int = 3, num_steps: int | None = None, key: jax.Array | None = None) -> Report:
     """Runs ``env`` with random actions under jit, vmap and scan, and checks every clause of the contract.
 
     The time limit in force is taken from the field ``max_steps_in_episode`` or ``max_episode_steps`` of the parameters,
@@ -237,7 +235,7 @@ def _check_episodes(env, check, limit: int, first_obs, steps: TimeStep, key, par
         check(not differ.any(), f"they differ at {_where(differ)}")
     with check.clause("observations and rewards are finite"):
         for what, array in (("obs", obs), ("final_obs", final_obs), ("reward", np.asarray(steps.reward))):
-            bad = ~np.isfinite(array).reshape(*ended.shape, -1).all(-1)
+            bad = np.asarray(~np.isfinite(array).reshape(*ended.shape, -1).all(-1))
             check(not bad.any(), f"{what} is not at {_where(bad)}")
     _check_lengths(check, limit, ended, truncated)
     # Lane 0 alone has the parameters that the sampled starts were drawn with.

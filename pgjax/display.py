@@ -40,7 +40,10 @@ class Display:
         getattr(self, f"_{event.kind}", lambda **data: None)(**event.data)
 
     def _print(self, text):
-        (self._live.console.print if self._live else print)(text, **({"highlight": False} if self._live else {"flush": True}))
+        if self._live is not None:
+            self._live.console.print(text, highlight=False)
+        else:
+            print(text, flush=True)
 
     def _started(self, lanes, env_steps, done_env_steps, path):
         spec = self._spec

@@ -20,9 +20,7 @@ class Episodes(NamedTuple):
     sample_length: jax.Array
 
 
-def evaluate(
-    algorithm: Algorithm, policy: PyTree, key: jax.Array, num_episodes: int, env_params: PyTree = None
-) -> Episodes:
+def evaluate(algorithm: Algorithm, policy: PyTree, key: jax.Array, num_episodes: int, env_params: PyTree = None) -> Episodes:
     """Plays exactly one episode in each of ``num_episodes`` environments, with the mode and with the sampled policy.
 
     Counting the first episode of every environment, rather than the first episodes to end, keeps short episodes from being

@@ -12,6 +12,8 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from pgjax.errors import RequestError
 
+Device = Any  # jax.Device, which type checkers take for a variable
+
 
 def use_host_devices(num_devices: int | None = None) -> None:
     """Makes JAX show ``num_devices`` CPU devices (None: one per core), to be called before anything else uses JAX.
@@ -32,14 +34,15 @@ def use_compilation_cache() -> None:
 
     They go to ``$XDG_CACHE_HOME/pgjax`` or ``~/.cache/pgjax``. ``JAX_COMPILATION_CACHE_DIR`` names another folder.
     """
-    if jax.config.jax_compilation_cache_dir is None and jax.config.jax_enable_compilation_cache:
+    options: Any = jax.config  # its fields are made at run time
+    if options.jax_compilation_cache_dir is None and options.jax_enable_compilation_cache:
         base = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
         jax.config.update("jax_compilation_cache_dir", os.path.join(base, "pgjax"))
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
         jax.config.update("jax_persistent_cache_min_entry_size_bytes", 0)
 
 
-def choose_devices(num_lanes: int, host_callback: bool, num_devices: int | None = None) -> list[jax.Device]:
+def choose_devices(num_lanes: int, host_callback: bool, num_devices: int | None = None) -> list[Device]:
     """The devices to spread lanes over: no more than there are lanes, and one where a step leaves the device.
 
     (A callback on large arguments inside a program sharded over two host devices hangs, so those lanes never are.)
@@ -58,7 +61,7 @@ class Spread:
     Padding lanes repeat the first ones, and their results are dropped by ``take``.
     """
 
-    def __init__(self, num_lanes: int, devices: list[jax.Device]):
+    def __init__(self, num_lanes: int, devices: list[Device]):
         self.num_lanes = num_lanes
         self.devices = devices
         self.num_padded = -(-num_lanes // len(devices)) * len(devices)
@@ -123,7 +126,7 @@ def program_bytes(compiled, num_devices: int) -> int:
     return int((held - analysis.alias_size_in_bytes) * num_devices)
 
 
-def available_bytes(device: jax.Device) -> int:
+def available_bytes(device: Device) -> int:
     """Memory a run may take: on a CPU 70 % of what the machine or its cgroup has left, else what the device reports."""
     if device.platform != "cpu":
         stats = device.memory_stats() or {}

@@ -90,9 +90,7 @@ def finish_row(row: Row, num_iterations: jax.Array) -> Row:
 def columns(rows: Row, metrics: dict) -> dict[str, jax.Array]:
     """Rows ``[R, ...]`` as ``{name: [R]}``, for metrics of the structure they were started with."""
     return {
-        name: getattr(rows, field)[..., index]
-        for field, names in _names(metrics).items()
-        for index, name in enumerate(names)
+        name: getattr(rows, field)[..., index] for field, names in _names(metrics).items() for index, name in enumerate(names)
     }
 
 

@@ -104,9 +104,7 @@ def _draw_kernels(key: jax.Array, shapes: list[tuple[int, ...]], name: str) -> l
     draw = {
         "orthogonal": jax.random.normal,
         "lecun_uniform": lambda key, shape, dtype: jax.random.uniform(key, shape, dtype, -math.sqrt(3), math.sqrt(3)),
-        "lecun_normal": lambda key, shape, dtype: (
-            jax.random.truncated_normal(key, -2, 2, shape, dtype) / _CUT_NORMAL_STD
-        ),
+        "lecun_normal": lambda key, shape, dtype: jax.random.truncated_normal(key, -2, 2, shape, dtype) / _CUT_NORMAL_STD,
     }[name]
     sizes = [math.prod(shape) for shape in shapes]
     pieces = jnp.split(draw(key, (sum(sizes),), jnp.float32), np.cumsum(sizes)[:-1])
@@ -217,9 +215,7 @@ def make_networks(
     hidden_sizes = _sizes("hidden_sizes", hidden_sizes)
     if shared_torso and critic_hidden_sizes is not None:
         raise RequestError(f"critic_hidden_sizes = {critic_hidden_sizes} has no use with shared_torso; leave it None")
-    critic_hidden_sizes = (
-        hidden_sizes if critic_hidden_sizes is None else _sizes("critic_hidden_sizes", critic_hidden_sizes)
-    )
+    critic_hidden_sizes = hidden_sizes if critic_hidden_sizes is None else _sizes("critic_hidden_sizes", critic_hidden_sizes)
     if policy_head_scale is not None and not 0 <= policy_head_scale < math.inf:
         raise RequestError(f"policy_head_scale = {policy_head_scale} is not a scale; give a number >= 0, or None")
     if kind.endswith("_state") and log_std_init != 0.0:
@@ -260,6 +256,7 @@ def make_networks(
 
     def value(params: ActorCritic, obs: jax.Array) -> jax.Array:
         torso_params = params.actor["torso"] if shared_torso else params.critic["torso"]
-        return value_head.apply(params.critic["head"], critic_torso.apply(torso_params, obs))[..., 0]
+        value = value_head.apply(params.critic["head"], critic_torso.apply(torso_params, obs))
+        return jnp.asarray(value)[..., 0]
 
     return Networks(init, policy, value)

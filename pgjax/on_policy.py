@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import struct
+from jax.core import Tracer
 
 from pgjax import estimators, metrics, normalizers
 from pgjax.action_maps import make_action_map
@@ -79,8 +80,7 @@ class Setup:
     policy_head_scale: float | None = 0.01
 
 
-@struct.dataclass
-class Hypers:
+class Hypers(struct.PyTreeNode):
     """Numbers that only enter arithmetic; every leaf a float32 scalar, so new values never compile again.
 
     learning_rate: of the actor, and times ``critic_lr_scale`` of the critic.
@@ -111,8 +111,7 @@ class Hypers:
     objective: PyTree = None
 
 
-@struct.dataclass
-class Learner:
+class Learner(struct.PyTreeNode):
     """The learned part: what is held at its last finite value when an update goes non-finite.
 
     params: one vector for the actor and one for the critic; ``core.unravel`` gives the networks' trees.
@@ -130,8 +129,7 @@ class Learner:
     extra: PyTree
 
 
-@struct.dataclass
-class State:
+class State(struct.PyTreeNode):
     """All that is carried from one iteration to the next, for one lane.
 
     key: typed key. env_steps: int32. obs [B, *O] raw. reward_return, episode_return [B] float32, episode_length [B] int32.
@@ -153,8 +151,7 @@ class State:
     memory: PyTree
 
 
-@struct.dataclass
-class Batch:
+class Batch(struct.PyTreeNode):
     """One iteration's samples, ``[T, B, ...]``, or a minibatch of them, ``[N, ...]`` or ``[T, B', ...]``.
 
     obs, final_obs: normalised with the frozen statistics.  action: in the policy's own space, before the action map.
@@ -171,11 +168,11 @@ class Batch:
     truncated: jax.Array
     dist_old: Any
     log_prob_old: jax.Array
-    value: jax.Array
-    next_value: jax.Array
-    weight: jax.Array | None = None
-    advantage: jax.Array | None = None
-    value_target: jax.Array | None = None
+    value: Any
+    next_value: Any
+    weight: Any = None
+    advantage: Any = None
+    value_target: Any = None
 
 
 class Policy(NamedTuple):
@@ -349,7 +346,9 @@ def collect(core: Core, keys, state: State, hypers: Hypers):
     noise = core.networks.policy(learner.params, normalize(state.obs)).draw_noise(key_action, shape[:1])
     keys = jax.random.split(key_env, shape)
     presample = getattr(env, "presample", None)
-    draws, env_step = (presample(keys, env_params), env.step_presampled) if presample else (keys, env.step)
+    draws, env_step = keys, env.step
+    if presample:
+        draws, env_step = presample(keys, env_params), env.step_presampled  # pyright: ignore[reportAttributeAccessIssue]
 
     def step(carry, draw):
         env_state, obs, episode_return, episode_length = carry
@@ -499,7 +498,7 @@ def as_hypers(hypers: Hypers, **changes) -> Hypers:
         if name == "objective":
             fields[name] = jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.float32), value)
             continue
-        if isinstance(value, jax.core.Tracer):
+        if isinstance(value, Tracer):
             continue
         try:
             fields[name] = np.asarray(value, np.float32)

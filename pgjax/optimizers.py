@@ -78,8 +78,6 @@ def descend(setup, hypers, params: ActorCritic, opt_state: ActorCritic, gradient
     """One optimiser step down ``gradient`` on ravelled ``params``; returns ``(params, opt_state)``."""
     optimizer = make_optimizer(setup, hypers)
     rates = ActorCritic(learning_rate, learning_rate * hypers.critic_lr_scale)
-    stepped = [
-        optimizer.update(g, s) for g, s in zip(gradient, opt_state, strict=True)
-    ]
+    stepped = [optimizer.update(g, s) for g, s in zip(gradient, opt_state, strict=True)]
     params = ActorCritic(*(p - rate * u for p, rate, (u, _) in zip(params, rates, stepped, strict=True)))
     return params, ActorCritic(*(s for _, s in stepped))

@@ -17,7 +17,7 @@ import numpy as np
 import pgjax
 from pgjax import lanes as lanes_
 from pgjax import training
-from pgjax.errors import RequestError, RunError, close_names
+from pgjax.errors import RequestError, RunError
 from pgjax.evaluation import Episodes, evaluate
 from pgjax.on_policy import as_hypers
 from pgjax.store import RunStore, load_policies
@@ -76,7 +76,6 @@ class RunSpec:
         if self.env_params:
             env = with_params(env, self.env_params)
         return pgjax.make(self.algorithm, env, objective=objective, **self.setup)
-
 
     def config(self) -> dict[str, Any]:
         """The specification as JSON values; ``from_config`` is the way back."""
@@ -177,11 +176,12 @@ class _Run:
         self.spec, self.store, self.algorithm, self.interrupt = spec, store, algorithm, interrupt
         self.report = lambda kind, **data: report(Event(kind, data))
         self.schedule = training.make_schedule(algorithm, spec.total_env_steps, spec.log_every, spec.num_evals)
-        self.env_steps_after = np.concatenate([[0], np.cumsum(self.schedule.iterations)]) * self.schedule.env_steps_per_iteration
+        self.env_steps_after = (
+            np.concatenate([[0], np.cumsum(self.schedule.iterations)]) * self.schedule.env_steps_per_iteration
+        )
         self.lanes = [(config, seed) for config in range(len(spec.configs)) for seed in spec.seeds]
         hypers = [
-            training.with_horizon(as_hypers(algorithm.hypers, **config), self.schedule.env_steps)
-            for config in spec.configs
+            training.with_horizon(as_hypers(algorithm.hypers, **config), self.schedule.env_steps) for config in spec.configs
         ]
         self.hypers = lanes_.stack_lanes([hypers[config] for config, _ in self.lanes])
         self.keys = jax.vmap(jax.random.key)(jnp.asarray([seed for _, seed in self.lanes], jnp.uint32))
@@ -194,14 +194,18 @@ class _Run:
         self.restored = restored.state if restored else None
         # What a resumed run must know; saved with every checkpoint.
         default = DEFAULT_EPISODES.get(spec.env.split("/")[0], OTHER_EPISODES)
-        self.record = restored.record if restored else {
-            "first_lane": 0,
-            "group_size": None,
-            "row": 0,
-            "eval_episodes": spec.eval_episodes or default,
-            "nonfinite": [],
-            "seconds": {"compile": 0.0, "train": 0.0, "evaluate": 0.0, "save": 0.0},
-        }
+        self.record = (
+            restored.record
+            if restored
+            else {
+                "first_lane": 0,
+                "group_size": None,
+                "row": 0,
+                "eval_episodes": spec.eval_episodes or default,
+                "nonfinite": [],
+                "seconds": {"compile": 0.0, "train": 0.0, "evaluate": 0.0, "save": 0.0},
+            }
+        )
         self.started = time.perf_counter()
 
     def _like(self, record):
@@ -291,14 +295,21 @@ class _Group:
         chunk = jax.jit(spread.map(self._chunk, 2), donate_argnums=0).lower(
             state, self.hypers, spread.share(jnp.zeros(CHUNK_ROWS, jnp.int32))
         )
+        fast: dict[str, str | bool] = {"xla_backend_optimization_level": "0"}
         with ThreadPoolExecutor(2) as pool:
-            compiling = pool.submit(init.compile, {"xla_backend_optimization_level": 0} if on_cpu(devices) else None)
+            compiling = pool.submit(init.compile, fast if on_cpu(devices) else None)
             self.chunk = chunk.compile()
             self.init = compiling.result()
         self._evaluate = {}
         self.bytes = lanes_.program_bytes(self.chunk, len(devices))
         self.run.record["seconds"]["compile"] += time.perf_counter() - started
-        run.report("compiled", seconds=time.perf_counter() - started, bytes=self.bytes, devices=len(devices), lanes=len(self.lanes))
+        run.report(
+            "compiled",
+            seconds=time.perf_counter() - started,
+            bytes=self.bytes,
+            devices=len(devices),
+            lanes=len(self.lanes),
+        )
 
     def _chunk(self, state, hypers, iterations):
         return training.run_rows(self.algorithm, state, hypers, iterations)
@@ -485,23 +496,8 @@ def on_cpu(devices) -> bool:
 
 
 def with_params(env: Environment, changes: dict[str, Any]) -> Environment:
-    """``env`` with other default parameters: ``changes`` maps dotted fields such as ``sys.opt.timestep`` to numbers."""
-    params = env.default_params
-    for name, value in changes.items():
-        params = _replace_field(env, params, name.split("."), value, name)
+    """``env`` with other default parameters; see ``pgjax.change_params``."""
+    params = pgjax.change_params(env, changes)
     env = copy.copy(env)
     env.default_params = params
     return env
-
-
-def _replace_field(env, node, path, value, name):
-    fields = [field.name for field in dataclasses.fields(node)] if dataclasses.is_dataclass(node) else []
-    if path[0] not in fields:
-        raise RequestError(f"env_param {name} is not a parameter of {env.name}; {close_names(path[0], fields)}")
-    old = getattr(node, path[0])
-    if len(path) > 1:
-        return dataclasses.replace(node, **{path[0]: _replace_field(env, old, path[1:], value, name)})
-    if old is None or dataclasses.is_dataclass(old):
-        raise RequestError(f"env_param {name} of {env.name} is not a number or array; name one of its fields")
-    old = np.asarray(old)
-    return dataclasses.replace(node, **{path[0]: np.broadcast_to(np.asarray(value, old.dtype), old.shape)})

@@ -289,9 +289,7 @@ class RunStore:
         Raises: RunError if the disk refuses; the previous checkpoint is then still the newest.
         """
         record = dict(record or {})
-        checkpoints.save_checkpoint(
-            self.path / "checkpoints", step, state, {"parts": dict(self._parts), "record": record}
-        )
+        checkpoints.save_checkpoint(self.path / "checkpoints", step, state, {"parts": dict(self._parts), "record": record})
         self._last = from_json(to_json(record))
 
     def last_record(self) -> dict[str, Any] | None:

@@ -1,7 +1,9 @@
 """Whole training runs as pure functions: how a budget becomes iterations and rows, and the program that runs them."""
 
 import dataclasses
+import itertools
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -131,7 +133,7 @@ def make_train(
     longest = max(np.diff(bounds))
     # One segment per evaluation, all of one shape: shorter ones are padded with rows of zero iterations.
     segments = np.zeros((len(bounds) - 1, longest), np.int32)
-    for segment, (start, end) in zip(segments, zip(bounds, bounds[1:], strict=False), strict=True):
+    for segment, (start, end) in zip(segments, itertools.pairwise(bounds), strict=True):
         segment[: end - start] = schedule.iterations[start:end]
 
     def train(key, hypers, env_params=None):
@@ -149,7 +151,7 @@ def make_train(
         xs = (jnp.arange(len(segments)), jnp.asarray(segments))
         state, (rows, episodes) = jax.lax.scan(segment, algorithm.init(key_train, hypers, env_params), xs)
         used = np.flatnonzero(segments.ravel())
-        out = {name: value.reshape(-1)[used] for name, value in rows.items()}
+        out: dict[str, Any] = {name: value.reshape(-1)[used] for name, value in rows.items()}
         if episodes is not None:
             done = np.cumsum(schedule.iterations)[np.asarray(schedule.eval_rows) - 1]
             out["evaluations"] = episodes

@@ -54,9 +54,7 @@ class Environment(Protocol):
         """Starts B episodes. ``key`` [B] typed keys; returns ``(env_state, obs [B, *O])``."""
         ...
 
-    def step(
-        self, key: jax.Array, env_state: PyTree, action: jax.Array, params: PyTree
-    ) -> tuple[PyTree, TimeStep]:
+    def step(self, key: jax.Array, env_state: PyTree, action: jax.Array, params: PyTree) -> tuple[PyTree, TimeStep]:
         """Advances every environment once and restarts those whose episode ended. ``key`` [B], ``action`` [B, *A]."""
         ...
 

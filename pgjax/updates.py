@@ -212,4 +212,4 @@ def scheduled_learning_rate(setup, hypers: Hypers, progress) -> jax.Array:
     """The base rate of this iteration: falling linearly to zero over the run, or constant."""
     if setup.learning_rate_schedule == "linear":
         return hypers.learning_rate * (1 - progress)
-    return hypers.learning_rate
+    return jnp.asarray(hypers.learning_rate)

@@ -225,6 +225,15 @@ def test_presampled_steps_equal_steps(case):
         assert len(np.unique(steps.final_obs[..., 0])) == steps.reward.size
 
 
+@pytest.mark.parametrize("mode", MODES)
+def test_no_key_is_used_twice(mode):
+    env = from_gymnax(Noisy(), reset_mode=mode)
+    with jax.debug_key_reuse(True):
+        state, _ = jax.jit(env.reset)(keys(0, 2), env.default_params)
+        state, _ = jax.jit(env.step)(keys(1, 2), state, no_actions(env, 2), env.default_params)
+        jax.jit(env.refresh)(jax.random.key(2), state, env.default_params)
+
+
 @pytest.mark.parametrize(("library", "mode"), [("gymnax", "exact"), ("brax", "pool")])
 def test_check_env_passes(library, mode):
     report = check_env(toy(library, mode), num_steps=40)

@@ -761,7 +761,10 @@ def test_unusable_settings_are_refused_in_one_line():
     for changes, words in [
         (dict(advantage_recompute="minibatch"), ("advantage_recompute", "minibatch_by = 'unroll'")),
         (dict(brax_exact=True), ("brax_exact", "boundary = 'mask'")),
-        (dict(minibatch_by="unroll", num_envs=4, num_minibatches=3), ("num_minibatches = 3", "num_envs = 4", "1, 2, 4")),
+        (
+            dict(minibatch_by="unroll", num_envs=4, num_minibatches=3),
+            ("num_minibatches = 3", "num_envs = 4", "1, 2, 4"),
+        ),
     ]:
         with pytest.raises(RequestError) as error:
             ppo.make(Drift(), ppo.Setup(**changes))

@@ -29,7 +29,14 @@ def algorithm():
 
 
 def spec_of(**changes):
-    fields = {"total_env_steps": 32 * 12, "log_every": 1, "num_evals": 3, "eval_episodes": 4, "seeds": (0, 1, 2), **changes}
+    fields = {
+        "total_env_steps": 32 * 12,
+        "log_every": 1,
+        "num_evals": 3,
+        "eval_episodes": 4,
+        "seeds": (0, 1, 2),
+        **changes,
+    }
     return pgjax.RunSpec("ppo", "probe/responding", **fields)
 
 
@@ -50,7 +57,9 @@ def content(path):
 
 def final_state(path, algorithm, num_lanes):
     like = jax.eval_shape(
-        jax.vmap(algorithm.init), jax.random.split(jax.random.key(0), num_lanes), lanes.stack_lanes([algorithm.hypers] * num_lanes)
+        jax.vmap(algorithm.init),
+        jax.random.split(jax.random.key(0), num_lanes),
+        lanes.stack_lanes([algorithm.hypers] * num_lanes),
     )
     step = checkpoints.latest_checkpoints(path / "checkpoints")[0]
     return checkpoints.load_checkpoint(path / "checkpoints", step, like)[0]
@@ -94,9 +103,7 @@ def test_a_run_killed_again_and_again_ends_in_the_same_bits(tmp_path, algorithm,
     assert result.status == "finished"
     for whole, killed in zip(content(tmp_path / "whole"), content(tmp_path / "killed"), strict=True):
         pd.testing.assert_frame_equal(whole, killed, check_exact=True)
-    assert_same_bits(
-        final_state(tmp_path / "whole", algorithm, 3), final_state(tmp_path / "killed", algorithm, 3)
-    )
+    assert_same_bits(final_state(tmp_path / "whole", algorithm, 3), final_state(tmp_path / "killed", algorithm, 3))
 
 
 def test_lanes_equal_single_runs_and_new_numbers_compile_nothing(tmp_path):
@@ -109,7 +116,9 @@ def test_lanes_equal_single_runs_and_new_numbers_compile_nothing(tmp_path):
         return base.step(state, hypers)
 
     algorithm = base._replace(step=counted_step)
-    grid = tuple({"learning_rate": lr, "clip_eps": eps} for lr in (1e-4, 3e-4, 1e-3, 3e-3) for eps in (0.1, 0.2, 0.3, 0.4))
+    grid = tuple(
+        {"learning_rate": lr, "clip_eps": eps} for lr in (1e-4, 3e-4, 1e-3, 3e-3) for eps in (0.1, 0.2, 0.3, 0.4)
+    )
     spec = spec_of(configs=grid, seeds=(0, 1, 2, 3), total_env_steps=32 * 3, num_evals=0)
     run_in(tmp_path / "grid", spec, algorithm)
     traces_of_grid = traces

@@ -1,7 +1,7 @@
 """Presets: what differs from an algorithm's defaults, one TOML file per environment or per published setting.
 
-A file ``gymnax-CartPole-v1.toml`` has a table per algorithm with ``total_env_steps``, ``setup``, ``hypers`` and ``env_options``;
-``reached`` records what it was seen to reach, and by which command.
+A file such as ``gymnax-CartPole-v1.toml`` has a table per algorithm, with ``total_env_steps``, ``setup``, ``hypers`` and
+``env_options``; ``reached`` records what it was seen to reach, and by which command.
 """
 
 import tomllib
