@@ -54,7 +54,7 @@ class Categorical:
     def log_prob(self, action: jax.Array) -> jax.Array:
         """log p(action), [*sample, *batch], of integers of that shape, which must be in range."""
         # Selected and summed, not gathered: the gradient of a gather is a scatter, which a CPU runs entry by entry.
-        chosen = jnp.asarray(action)[..., None] == jnp.arange(self.logits.shape[-1])
+        chosen = jax.nn.one_hot(action, self.logits.shape[-1], dtype=bool)
         log_prob = jnp.broadcast_to(jax.nn.log_softmax(self.logits), chosen.shape)
         return jnp.where(chosen, log_prob, 0.0).sum(-1)
 

@@ -67,19 +67,13 @@ def update_moments(moments: RunningMoments, batch: jax.Array, prior_count: float
     if n == 0:
         return moments
     batch = batch.astype(dtype).reshape(n, *shape)
-
-    # Twice: the residuals' own mean corrects what rounding left in the first, which matters far from zero.
-    first_mean = jnp.mean(batch, axis=0)
-    residual = batch - first_mean[None]
-    correction = jnp.mean(residual, axis=0)
-    batch_mean = first_mean + correction
-    batch_var = jnp.mean(jnp.square(residual - correction[None]), axis=0)
+    batch_mean, batch_var = jnp.mean(batch, axis=0), jnp.var(batch, axis=0)
 
     total = jnp.minimum(moments.count, _COUNT_LIMIT - n) + n
     weight = n / (total.astype(dtype) + prior_count)
     weight_old = (moments.count.astype(dtype) + prior_count) / (total.astype(dtype) + prior_count)
     delta = batch_mean - moments.mean
-    # Starting from the heavier side: there nothing cancels, and a weight below the rounding error cannot make it drift.
+    # Starting from the heavier side: a large variance of small weight must not be added first and taken off again.
     var = jnp.where(
         weight > 0.5,
         batch_var + weight_old * (moments.var - batch_var + weight * jnp.square(delta)),

@@ -103,6 +103,13 @@ def test_every_pattern_of_ends_in_four_steps(float64, lam):
     want = gae_by_definition(reward, value, next_value, done, np.zeros_like(done), GAMMA, lam)
     np.testing.assert_allclose(got, want, atol=1e-13)
 
+    only = truncated & ~terminated
+    for mode in ("mask", "terminate"):
+        got, want = (gae(reward, value, next_value, terminated, t, GAMMA, lam, mode=mode)[0] for t in (truncated, only))
+        np.testing.assert_array_equal(got, want)
+    got, want = (reward_to_go(reward, terminated, t, GAMMA, next_value) for t in (truncated, only))
+    np.testing.assert_array_equal(got, want)
+
 
 def test_long_float32_segment_with_float_flags():
     reward, value, next_value, terminated, truncated = segment(64, 8, end_share=0.1)
@@ -147,9 +154,7 @@ def test_brax_form_converts_to_gae(float64, mode):
         delta = delta * (1 - truncated)
     np.testing.assert_allclose(form, delta + (x - delta) / LAMBDA, atol=1e-12)
     np.testing.assert_array_equal(target_form, target)
-    np.testing.assert_allclose(
-        gae_brax(*arrays, GAMMA, 1.0, mode=mode)[0], gae(*arrays, GAMMA, 1.0, mode=mode)[0], atol=1e-13
-    )
+    np.testing.assert_allclose(gae_brax(*arrays, GAMMA, 1.0, mode=mode)[0], gae(*arrays, GAMMA, 1.0, mode=mode)[0], atol=1e-13)
     two_step = delta.copy()
     two_step[:-1] += GAMMA * (1 - (terminated | truncated)[:-1]) * delta[1:]
     np.testing.assert_allclose(gae_brax(*arrays, GAMMA, 0.0, mode=mode)[0], two_step, atol=1e-13)

@@ -103,12 +103,17 @@ def test_statistics_do_not_drift_when_a_batch_is_a_tiny_share():
     batch = jnp.array([1.0, 3.0, 1.0, 3.0, 1.0, 3.0, 1.0, 3.0])  # mean 2, variance 1
     for count in (100_000_000, 130_000_000, 160_000_000):
         start = RunningMoments(jnp.float32(2.0), jnp.float32(1.0), jnp.int32(count))
-        step = jax.jit(
-            lambda moments: jax.lax.fori_loop(0, 10_000, lambda _, m: normalizers.update_moments(m, batch), moments)
-        )
+        step = jax.jit(lambda moments: jax.lax.fori_loop(0, 10_000, lambda _, m: normalizers.update_moments(m, batch), moments))
         end = step(start)
         assert end.count == count + 80_000
         np.testing.assert_allclose([end.mean, end.var], [2.0, 1.0], rtol=1e-6)
+
+
+def test_an_outlier_among_very_many_samples_keeps_its_share():
+    """Variance 1 of 8e8 samples and a batch of 8 with variance 1e10: 1 + 1e-8 1e10 = 101, less the batch's own share."""
+    start = RunningMoments(jnp.float32(0.0), jnp.float32(1.0), jnp.int32(800_000_000))
+    end = update_moments(start, jnp.tile(jnp.array([-1e5, 1e5]), 4))
+    np.testing.assert_allclose(end.var, 101.0, rtol=1e-5)
 
 
 def test_normalize_is_the_identity_before_any_data_and_invertible_after():

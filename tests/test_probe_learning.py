@@ -5,6 +5,7 @@ environment parameter. A bound holds for every seed.
 """
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -14,6 +15,9 @@ from probe_envs import NAMES, Probe
 
 from pgjax import make_train
 from pgjax.algorithms import list_algorithms, make
+
+# Compiling is most of what these tests take, and the programs are tiny: the compiler is told not to optimise.
+jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
 
 GAMMA, SEEDS = 0.9, 3
 VALUE_PROBES = ("constant", "endless", "observed", "delayed")
@@ -59,7 +63,7 @@ def test_probes_are_what_their_table_says(continuous):
 
         return jax.lax.scan(step, (env_state, obs), keys)[1]
 
-    all_obs, all_steps = jax.tree.map(np.asarray, jax.jit(jax.vmap(play))(jnp.arange(len(NAMES))))
+    all_obs, all_steps = jax.tree.map(np.asarray, jit(jax.vmap(play))(jnp.arange(len(NAMES))))
     for number, name in enumerate(NAMES):
         obs, steps = all_obs[number], jax.tree.map(lambda x, number=number: x[number], all_steps)
         probe = Probe(name, continuous)
@@ -74,7 +78,7 @@ def test_probes_are_what_their_table_says(continuous):
         np.testing.assert_allclose(value, steps.reward + GAMMA * np.where(steps.terminated, 0, after), rtol=1e-5)
 
 
-SETUP = dict(num_envs=16, num_steps=10, hidden_sizes=(8,), learning_rate_schedule="constant")
+SETUP = dict(num_envs=16, num_steps=10, hidden_sizes=(8,))
 HYPERS = dict(gamma=GAMMA, learning_rate=0.01, entropy_coef=0.0)
 ITERATIONS = {"reinforce": 400, "a2c": 400, "ppo": 150}
 
@@ -84,14 +88,14 @@ def trained(name, env, probes, iterations, **setup):
     algorithm = make(name, env, HYPERS, **{**SETUP, **setup})
     train = make_train(algorithm, iterations * 160, log_every=iterations)
     seeds = jax.random.split(jax.random.key(1), SEEDS)
-    lanes = jax.jit(jax.vmap(jax.vmap(train, (0, None, None)), (None, None, 0)))
+    lanes = jit(jax.vmap(jax.vmap(train, (0, None, None)), (None, None, 0)))
     state, metrics = lanes(seeds, algorithm.hypers, jnp.array([NAMES.index(probe) for probe in probes]))
     assert not metrics["nonfinite"].any()
 
     def ask(learner, policy, obs):
         return algorithm.core.networks.value(learner.params, obs), algorithm.act(policy, obs, None)
 
-    ask = jax.jit(jax.vmap(jax.vmap(ask, (0, 0, None))))
+    ask = jit(jax.vmap(jax.vmap(ask, (0, 0, None))))
     obs = jnp.stack([jnp.asarray(np.resize(ASK[probe], (2, 1)), jnp.float32) for probe in probes])
     values, actions = ask(state.learner, algorithm.policy(state), obs)
     return {
