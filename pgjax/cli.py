@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import io
+import itertools
 import os
 import re
 import shlex
@@ -85,9 +86,11 @@ def _parse(cls: type, argv: list[str], prog: str, **kwargs) -> Any:
 
 
 def _one_line(complaint: str, prog: str) -> str:
-    lines = [re.sub(r"^[│╭╰─\s]+|[│╮╯\s]+$", "", line) for line in complaint.splitlines()]
-    lines = [line for line in lines if line and not line.startswith(("For full helptext", "Argument helptext"))]
-    lines = lines[1:] if len(lines) > 1 else lines  # the title repeats what follows
+    # A box is drawn around the complaint, with lines of either kind: borders go, what stands between them stays.
+    lines = [line.strip() for line in complaint.splitlines()]
+    lines = [re.sub(r"^[│|]\s*|\s*[│|]$", "", line) for line in lines if not re.match(r"[╭╰+]", line)]
+    lines = [line for line in lines if line and not re.fullmatch(r"[─-]+", line)]
+    lines = [line for line in lines if not line.startswith(("For full helptext", "Argument helptext"))]
     said = []
     for line in lines:
         flag = re.match(r"(--[\w.-]+)", line)
@@ -263,7 +266,7 @@ def _logger(name: str, out: Path, spec) -> Callable:
 
 def _peek(argv: list[str], flag: str) -> str | None:
     """The value of an option before the options are parsed."""
-    for word, following in zip(argv, [*argv[1:], None], strict=True):
+    for word, following in itertools.zip_longest(argv, argv[1:]):
         if word == flag:
             return following
         if word.startswith(flag + "="):

@@ -3,7 +3,6 @@
 The gradients of the update that an algorithm ships are read off Adam's first moment: without decay it is the gradient.
 """
 
-import functools
 import importlib
 import itertools
 from types import SimpleNamespace
@@ -22,9 +21,6 @@ from pgjax.networks import ActorCritic
 from pgjax.optimizers import init_opt_state
 from pgjax.spaces import Box, Discrete
 from pgjax.types import Sample
-
-# Compiling is most of what these tests take, and the programs are tiny: the compiler is told not to optimise.
-jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
 
 RATIOS = np.array([0.3, 0.5, 0.79, 0.81, 1.0, 1.19, 1.21, 1.3, 3.0])
 
@@ -214,7 +210,7 @@ class Chain:
             actor = core.unravel(new.opt_state._replace(actor=new.opt_state.actor.mu, critic=None)).actor
             return actor["head"]["params"]["Dense_0"]["kernel"], core.unravel(new.params).actor
 
-        self._run = jit(jax.vmap(gradient, (None, None, None, 0, 0, 0)))
+        self._run = jax.jit(jax.vmap(gradient, (None, None, None, 0, 0, 0)))
 
     def ascent(self, values=(0.0, 0.0, 0.0), scale=1.0, logits=LOGITS, **hypers):
         """Direction of ascent on each trajectory [8, S, A], in the logits, and the actor after the step."""
@@ -297,9 +293,7 @@ def test_sampled_kl_is_never_negative_and_right_on_average(float64):
     exact = np.log(scale) + (1 + moved**2) / (2 * scale**2) - 0.5
     assert (estimate >= 0).all()
     assert abs(estimate.mean() - exact) < 4 * estimate.std() / np.sqrt(len(estimate))
-    core = SimpleNamespace(
-        networks=SimpleNamespace(policy=lambda params, obs: FixedRatio(jnp.asarray(log_ratio))), setup=None
-    )
+    core = SimpleNamespace(networks=SimpleNamespace(policy=lambda params, obs: FixedRatio(jnp.asarray(log_ratio))), setup=None)
     batch = SimpleNamespace(obs=None, action=None, log_prob_old=0.0, advantage=0.0, dist_old=None, weight=None)
     batch.value_target = None
     hypers = SimpleNamespace(entropy_coef=0.0)

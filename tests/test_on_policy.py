@@ -5,7 +5,6 @@ are written out here. The second half runs whole iterations on a small environme
 """
 
 import dataclasses
-import functools
 from types import SimpleNamespace
 from unittest import mock
 
@@ -24,9 +23,6 @@ from pgjax.networks import ActorCritic
 from pgjax.optimizers import init_opt_state
 from pgjax.spaces import Box
 from pgjax.types import TimeStep
-
-# Compiling is most of what these tests take, and the programs are tiny: the compiler is told not to optimise.
-jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
 
 T, B, O, A = 4, 4, 3, 2
 OBSERVATIONS, ACTIONS = Box((O,)), Box((A,), -0.5, 0.5)
@@ -317,9 +313,7 @@ CASES = {
 
 
 def build(module, setup_changes, hypers_changes=(), seed=0):
-    setup = module.Setup(
-        **{**dict(num_envs=B, num_steps=T, num_epochs=2, num_minibatches=2, hidden_sizes=()), **setup_changes}
-    )
+    setup = module.Setup(**{**dict(num_envs=B, num_steps=T, num_epochs=2, num_minibatches=2, hidden_sizes=()), **setup_changes})
     hypers = numbers(module, **dict(hypers_changes))
     rng = np.random.default_rng(seed)
     params = random_params(rng)
@@ -328,7 +322,7 @@ def build(module, setup_changes, hypers_changes=(), seed=0):
     vectors = ActorCritic(*(ravel_pytree(part)[0] for part in params))
     learner = on_policy.Learner(vectors, init_opt_state(setup, hypers, vectors), jnp.ones(()), None, None, None, None)
 
-    @jit
+    @jax.jit
     def run(key, learner, batch, hypers, progress):
         return update(core, key, learner, estimate(core, hypers, learner, batch), hypers, progress)
 
@@ -446,7 +440,7 @@ def test_reinforce_returns_and_baselines(float64, baseline, tail, boundary):
     setup_changes = dict(num_epochs=1, num_minibatches=1, baseline=baseline, tail=tail, boundary=boundary)
     it = build(reinforce, setup_changes, seed=1)
     assert it.batch.truncated[-1].any() and not (it.batch.truncated | it.batch.terminated)[-1].all()
-    estimated = jit(lambda batch: it.estimate(it.core, it.hypers, it.learner, batch))(it.batch)
+    estimated = jax.jit(lambda batch: it.estimate(it.core, it.hypers, it.learner, batch))(it.batch)
     returns, weight = returns_by_hand(it.batch, it.hypers.gamma, boundary, baseline, tail)
     assert 0 < weight.mean() and (weight.mean() < 1) == (tail == "mask")
     if tail == "mask":
@@ -592,8 +586,8 @@ def loop():
     hypers = ppo.Hypers(learning_rate=0.02, anneal_env_steps=20.0 * ITERATIONS, gamma=0.9, obs_clip=1e4)
     with mock.patch.object(on_policy, "make", make_talkative):
         algorithm = ppo.make(env, ppo.Setup(**LOOP, reward_scaling="batch", normalize_value=True), hypers)
-    step = jit(algorithm.step)
-    states = [jit(algorithm.init)(jax.random.key(0), algorithm.hypers, np.float32(1))]
+    step = jax.jit(algorithm.step)
+    states = [jax.jit(algorithm.init)(jax.random.key(0), algorithm.hypers, np.float32(1))]
     rows = []
     for _ in range(ITERATIONS):
         state, metrics = step(states[-1], algorithm.hypers)

@@ -5,7 +5,6 @@ environment parameter. A bound holds for every seed.
 """
 
 import dataclasses
-import functools
 
 import jax
 import jax.numpy as jnp
@@ -15,9 +14,6 @@ from probe_envs import NAMES, Probe
 
 from pgjax import make_train
 from pgjax.algorithms import list_algorithms, make
-
-# Compiling is most of what these tests take, and the programs are tiny: the compiler is told not to optimise.
-jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
 
 GAMMA, SEEDS = 0.9, 3
 VALUE_PROBES = ("constant", "endless", "observed", "delayed")
@@ -63,7 +59,7 @@ def test_probes_are_what_their_table_says(continuous):
 
         return jax.lax.scan(step, (env_state, obs), keys)[1]
 
-    all_obs, all_steps = jax.tree.map(np.asarray, jit(jax.vmap(play))(jnp.arange(len(NAMES))))
+    all_obs, all_steps = jax.tree.map(np.asarray, jax.jit(jax.vmap(play))(jnp.arange(len(NAMES))))
     for number, name in enumerate(NAMES):
         obs, steps = all_obs[number], jax.tree.map(lambda x, number=number: x[number], all_steps)
         probe = Probe(name, continuous)
@@ -88,19 +84,17 @@ def trained(name, env, probes, iterations, **setup):
     algorithm = make(name, env, HYPERS, **{**SETUP, **setup})
     train = make_train(algorithm, iterations * 160, log_every=iterations)
     seeds = jax.random.split(jax.random.key(1), SEEDS)
-    lanes = jit(jax.vmap(jax.vmap(train, (0, None, None)), (None, None, 0)))
+    lanes = jax.jit(jax.vmap(jax.vmap(train, (0, None, None)), (None, None, 0)))
     state, metrics = lanes(seeds, algorithm.hypers, jnp.array([NAMES.index(probe) for probe in probes]))
     assert not metrics["nonfinite"].any()
 
     def ask(learner, policy, obs):
         return algorithm.core.networks.value(learner.params, obs), algorithm.act(policy, obs, None)
 
-    ask = jit(jax.vmap(jax.vmap(ask, (0, 0, None))))
+    ask = jax.jit(jax.vmap(jax.vmap(ask, (0, 0, None))))
     obs = jnp.stack([jnp.asarray(np.resize(ASK[probe], (2, 1)), jnp.float32) for probe in probes])
     values, actions = ask(state.learner, algorithm.policy(state), obs)
-    return {
-        probe: (np.asarray(obs[i]), np.asarray(values[i]), np.asarray(actions[i])) for i, probe in enumerate(probes)
-    }
+    return {probe: (np.asarray(obs[i]), np.asarray(values[i]), np.asarray(actions[i])) for i, probe in enumerate(probes)}
 
 
 @pytest.fixture(scope="module", params=[(n, c) for n in list_algorithms() for c in (False, True)], ids=str)

@@ -249,7 +249,7 @@ _TRAIN = [sys.executable, "-m", "pgjax", "train", "ppo", "--env", "gymnax/CartPo
 
 
 def _kill_and_resume(tmp_path, num_kills):
-    options = ["--seeds", "2", "--total-env-steps", "200000", "--setup.num-envs", "8", "--num-evals", "4"]
+    options = ["--seeds", "2", "--total-env-steps", "100000", "--setup.num-envs", "8", "--num-evals", "2"]
     env = {**os.environ, "PYTHONPATH": str(ROOT), "JAX_COMPILATION_CACHE_DIR": str(tmp_path / "cache")}
 
     def start(name, *more):
@@ -285,7 +285,7 @@ def test_ten_kills_change_no_bit(tmp_path):
     _kill_and_resume(tmp_path, 10)
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)])
 def test_ctrl_c_ends_at_a_checkpoint_and_says_how_to_go_on(tmp_path, number):
     command = [*_TRAIN, "--total-env-steps", "50000000", "--num-evals", "0", "--out", str(tmp_path / "run")]
     env = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1"}

@@ -1,7 +1,6 @@
 """Whole runs: schedules, rows, chunks, evaluation, and the reduction of what is reported."""
 
 import dataclasses
-import functools
 from types import SimpleNamespace
 
 import jax
@@ -18,9 +17,6 @@ from pgjax.evaluation import evaluate
 from pgjax.spaces import Box, Discrete
 from pgjax.training import make_schedule, make_train, run_rows
 from pgjax.types import TimeStep
-
-# Compiling is most of what these tests take, and the programs are tiny: the compiler is told not to optimise.
-jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
 
 # ---- Schedules ------------------------------------------------------------------------------------------------------
 
@@ -75,9 +71,7 @@ def test_impossible_budgets_are_refused_in_one_line():
 # ---- Rows -----------------------------------------------------------------------------------------------------------
 
 # Episodes of five steps, batches of three: iterations 0, 2 and 5 see no end of an episode.
-ALGORITHM = a2c.make(
-    Probe("endless"), a2c.Setup(num_envs=2, num_steps=3, hidden_sizes=(3,)), a2c.Hypers(learning_rate=0.01)
-)
+ALGORITHM = a2c.make(Probe("endless"), a2c.Setup(num_envs=2, num_steps=3, hidden_sizes=(3,)), a2c.Hypers(learning_rate=0.01))
 ENDS = [0, 2, 0, 2, 2, 0]
 R = 6
 
@@ -86,12 +80,12 @@ R = 6
 def program():
     """The compiled chunk program for up to six rows, a starting state, and six steps taken by hand."""
     hypers = training.with_horizon(ALGORITHM.hypers, R * 6)
-    state = start = jit(ALGORITHM.init)(jax.random.key(0), hypers)
-    step, manual = jit(ALGORITHM.step), []
+    state = start = jax.jit(ALGORITHM.init)(jax.random.key(0), hypers)
+    step, manual = jax.jit(ALGORITHM.step), []
     for _ in range(R):
         state, row = step(state, hypers)
         manual.append({name: np.asarray(value) for name, value in row.items()})
-    compiled = jit(lambda state, iterations: run_rows(ALGORITHM, state, hypers, iterations))
+    compiled = jax.jit(lambda state, iterations: run_rows(ALGORITHM, state, hypers, iterations))
 
     def run(state, *iterations):
         counts = np.zeros(R, np.int32)
@@ -161,9 +155,7 @@ def test_reduction_of_made_up_metrics():
         dict(env_steps=8, episodes=0.0, episode_return=np.nan, gap_max=5.0, gap_min=2.0, loss=2.0, nonfinite=1.0),
         dict(env_steps=12, episodes=3.0, episode_return=2.0, gap_max=-4.0, gap_min=0.0, loss=6.0, nonfinite=0.0),
     ]
-    steps = [
-        {**{k: np.float32(v) for k, v in step.items()}, "env_steps": np.int32(step["env_steps"])} for step in steps
-    ]
+    steps = [{**{k: np.float32(v) for k, v in step.items()}, "env_steps": np.int32(step["env_steps"])} for step in steps]
     row = metrics.start_row(steps[0])
     for step in steps:
         row = metrics.add_to_row(row, step)
@@ -208,13 +200,13 @@ EVALUATED = dict(log_every=2, num_evals=2, eval_episodes=3)
 
 @pytest.fixture(scope="module")
 def evaluated():
-    return jit(make_train(ALGORITHM, R * 6 - 1, **EVALUATED))(KEY, ALGORITHM.hypers)
+    return jax.jit(make_train(ALGORITHM, R * 6 - 1, **EVALUATED))(KEY, ALGORITHM.hypers)
 
 
 def test_a_run_is_its_steps(evaluated, program):
     """The learning rate falls over the budget that was rounded up; the key is the lane's training stream."""
     state, rows = evaluated
-    step = jit(ALGORITHM.step)
+    step = jax.jit(ALGORITHM.step)
     manual = ALGORITHM.init(training.lane_keys(KEY)[0], program.hypers)
     rates, losses = [], []
     for _ in range(R):
@@ -238,7 +230,7 @@ def test_a_run_is_its_steps(evaluated, program):
 
 def test_evaluation_changes_nothing_and_lanes_are_single_runs(evaluated):
     train = make_train(ALGORITHM, R * 6 - 1, log_every=2)
-    states, rows = jit(jax.vmap(train, (0, None)))(jnp.stack([KEY, jax.random.key(8)]), ALGORITHM.hypers)
+    states, rows = jax.jit(jax.vmap(train, (0, None)))(jnp.stack([KEY, jax.random.key(8)]), ALGORITHM.hypers)
     state, rows_evaluated = evaluated
     assert set(rows) == set(rows_evaluated) - {"evaluations", "evaluation_env_steps"}
     for name, value in rows.items():
@@ -249,7 +241,7 @@ def test_evaluation_changes_nothing_and_lanes_are_single_runs(evaluated):
 
 
 def test_evaluation_on_or_off_gives_the_same_bits(evaluated):
-    alone = jit(make_train(ALGORITHM, R * 6 - 1, log_every=2, num_evals=0))(KEY, ALGORITHM.hypers)
+    alone = jax.jit(make_train(ALGORITHM, R * 6 - 1, log_every=2, num_evals=0))(KEY, ALGORITHM.hypers)
     same_bits(alone[0], evaluated[0])
     for name, value in alone[1].items():
         np.testing.assert_array_equal(value, evaluated[1][name], err_msg=name)
@@ -313,9 +305,7 @@ def test_evaluation_plays_one_episode_per_environment_with_the_mode_and_with_sam
             return jnp.ones(len(obs), jnp.int32)
         return jax.random.bernoulli(key, policy, (len(obs),)).astype(jnp.int32)
 
-    run = jit(
-        lambda policy, key, params: evaluate(SimpleNamespace(env=env, act=act), policy, key, episodes, params)
-    )
+    run = jax.jit(lambda policy, key, params: evaluate(SimpleNamespace(env=env, act=act), policy, key, episodes, params))
     result = jax.tree.map(np.asarray, run(0.7, jax.random.key(0), np.float32(1)))
     lengths = result.mode_length
     assert set(lengths) == {1, 2, 3, 4, 5} and lengths.dtype == np.int32

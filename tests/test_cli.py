@@ -1,0 +1,184 @@
+"""The command line: what a wrong request is answered with, and what the commands print."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import pgjax
+from pgjax import cli
+from pgjax.algorithms import list_algorithms
+from pgjax.experiments import presets
+from pgjax.runner import RunSpec
+
+ROOT = Path(__file__).resolve().parent.parent
+CARTPOLE = ["train", "ppo", "--env", "gymnax/CartPole-v1"]
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """A finished run on CartPole, from the command line."""
+    folder = tmp_path_factory.mktemp("runs") / "cartpole"
+    options = ["--seeds", "2", "--total-env-steps", "2000", "--num-evals", "2", "--eval-episodes", "2", "--out", str(folder)]
+    assert cli._main([*CARTPOLE, *options]) == 0
+    return folder
+
+
+def answer(capsys, argv):
+    """``(exit code, what stderr said)``; wrong requests say one or two lines and no traceback."""
+    code = cli._main(argv)
+    said = capsys.readouterr().err.strip()
+    assert "Traceback" not in said
+    if code:
+        assert 1 <= len(said.splitlines()) <= 2, said
+    return code, said
+
+
+@pytest.mark.parametrize(
+    ("argv", "words"),
+    [
+        (["trian"], ["trian", "train"]),
+        (["train", "pp0", "--env", "gymnax/CartPole-v1"], ["pp0", "ppo"]),
+        (["train", "ppo", "--env", "gymnax/CartPole-v2"], ["CartPole-v2", "CartPole-v1"]),
+        (["train", "ppo", "--env", "gymnasium/CartPole-v1"], ["gymnasium", "gymnax"]),
+        (["train", "ppo"], ["--env"]),
+        ([*CARTPOLE, "--seedz", "2"], ["--seedz", "--seeds"]),
+        ([*CARTPOLE, "--seeds", "two"], ["--seeds", "two"]),
+        ([*CARTPOLE, "--seeds", "0"], ["--seeds", "at least 1"]),
+        ([*CARTPOLE, "--total-env-steps", "0"], ["total_env_steps", "at least 1"]),
+        ([*CARTPOLE, "--setup.boundary", "wrong"], ["boundary", "wrong", "bootstrap"]),
+        ([*CARTPOLE, "--setup.num-minibatches", "5"], ["num_minibatches = 5", "does not divide", "try"]),
+        ([*CARTPOLE, "--setup.num-envs", "0"], ["num_envs", "0"]),
+        ([*CARTPOLE, "--hypers.clip-eps", "-0.1"], ["clip_eps", "-0.1", "negative"]),
+        ([*CARTPOLE, "--hypers.learning-rate", "nan"], ["learning_rate", "nan"]),
+        ([*CARTPOLE, "--hypers.gamma", "1.5"], ["gamma", "1.5", "[0, 1]"]),
+        ([*CARTPOLE, "--setup.distribution", "gaussian"], ["distribution", "gaussian"]),
+        (["train", "ppo", "--env", "gymnax/Pendulum-v1", "--setup.distribution", "categorical"], ["categorical"]),
+        ([*CARTPOLE, "--preset", "cleanrll"], ["cleanrll", "cleanrl"]),
+        ([*CARTPOLE, "--env-option", "reset_mod=pool"], ["reset_mod", "reset_mode"]),
+        ([*CARTPOLE, "--env-option", "pool"], ["--env-option", "K=V"]),
+        ([*CARTPOLE, "--env-param", "gravitty=3"], ["gravitty", "gravity"]),
+        ([*CARTPOLE, "--objective", "nowhere.py:f"], ["nowhere.py"]),
+        ([*CARTPOLE, "--devices", "99"], ["devices = 99"]),
+        ([*CARTPOLE, "--eval-episodes", "0"], ["eval_episodes"]),
+        (["train", "reinforce", "--env", "gymnax/CartPole-v1", "--setup.baseline", "none", "--preset", "none",
+          "--setup.tail", "bootstrap"], ["tail", "baseline"]),
+        (["list", "env"], ["env", "envs"]),
+        (["plot", "/nowhere/at/all"], ["/nowhere/at/all"]),
+        (["eval", "/nowhere/at/all"], ["/nowhere/at/all"]),
+        (["bench", "--parts", "pppo"], ["pppo", "ppo"]),
+        (["doctor", "now"], ["now"]),
+    ],
+)  # fmt: skip
+def test_a_wrong_request_is_answered_in_one_line(capsys, tmp_path, monkeypatch, argv, words):
+    monkeypatch.chdir(tmp_path)
+    code, said = answer(capsys, argv)
+    assert code == 2, said
+    for word in words:
+        assert word in said
+    assert not list(tmp_path.iterdir()), "nothing may be written for a wrong request"
+
+
+def test_a_missing_extra_is_named(capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    code, said = answer(capsys, [*CARTPOLE, "--log-to", "wandb"])
+    assert code == 2 and "pip install 'pgjax[wandb]'" in said
+
+
+def test_a_folder_with_another_run_is_refused_and_kept(capsys, finished):
+    before = (finished / "run.json").read_bytes()
+    code, said = answer(capsys, [*CARTPOLE, "--out", str(finished)])
+    assert code == 2 and "--resume" in said
+    code, said = answer(capsys, [*CARTPOLE, "--hypers.gamma", "0.5", "--out", str(finished), "--resume"])
+    assert code == 2 and ("configs" in said or "seeds" in said or "total_env_steps" in said)
+    code, said = answer(capsys, ["train", "a2c", "--out", str(finished), "--resume"])
+    assert code == 2 and "ppo" in said
+    assert (finished / "run.json").read_bytes() == before
+
+
+def test_a_damaged_checkpoint_is_passed_over_or_refused(capsys, finished, tmp_path):
+    import shutil
+
+    from pgjax import checkpoints
+    from pgjax.store import RunStore
+
+    folder = tmp_path / "damaged"
+    shutil.copytree(finished, folder)
+    with RunStore.open(folder) as store:
+        store.set_status("interrupted")
+    for step in checkpoints.latest_checkpoints(folder / "checkpoints"):
+        for file in (folder / "checkpoints" / str(step)).rglob("*"):
+            if file.is_file() and file.stat().st_size > 200:
+                file.write_bytes(b"\0" * file.stat().st_size)
+    code, said = answer(capsys, ["train", "ppo", "--out", str(folder), "--resume"])
+    assert code == 2 and "checkpoint" in said
+
+
+def test_eval_plot_and_resume_of_a_finished_run(capsys, finished, tmp_path):
+    assert cli._main(["eval", str(finished), "--episodes", "3", "--csv", str(tmp_path / "episodes.csv")]) == 0
+    said = capsys.readouterr().out
+    assert "mode: IQM over 2 lanes" in said and "sample: IQM over 2 lanes" in said
+    assert len((tmp_path / "episodes.csv").read_text().splitlines()) == 1 + 2 * 2 * 3
+    assert cli._main(["plot", str(finished), "--out", str(tmp_path / "c.png"), "--metrics", "kl"]) == 0
+    assert (tmp_path / "c.png").stat().st_size > 5000
+    code, said = answer(capsys, ["plot", str(finished), "--metrics", "kll"])
+    assert code == 2 and "kll" in said
+    code, said = answer(capsys, ["eval", str(finished), "--env", "gymnax/Acrobot-v1"])
+    assert code == 2 and "observation_space" in said
+    assert cli._main(["train", "ppo", "--out", str(finished), "--resume"]) == 0
+    assert "finished already" in capsys.readouterr().out
+
+
+def test_an_objective_from_a_file(tmp_path):
+    file = tmp_path / "mine.py"
+    file.write_text("import jax.numpy as jnp\ndef plain(log_ratio, advantage):\n    return jnp.exp(log_ratio) * advantage\n")
+    options = ["--total-env-steps", "1000", "--num-evals", "0", "--objective", f"{file}:plain", "--out", str(tmp_path / "run")]
+    assert cli._main([*CARTPOLE, *options]) == 0
+    assert pgjax.load(tmp_path / "run").config["objective"].endswith("mine.py:plain")
+
+
+def test_help_is_there_and_the_first_one_needs_no_jax(capsys):
+    code = "import sys; from pgjax import cli; cli._main(['--help']); assert 'jax' not in sys.modules, 'jax was imported'"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0 and "train" in done.stdout, done.stderr
+    for command in ("train", "list", "doctor"):
+        assert cli._main([command, "--help"]) == 0
+        assert "usage" in capsys.readouterr().out
+    with pytest.raises(SystemExit) as stop:
+        cli._main(["train", "ppo", "--help"])
+    assert stop.value.code == 0
+    assert "--hypers.clip-eps" in capsys.readouterr().out
+    for what, word in (("envs", "brax/hopper"), ("algorithms", "reinforce"), ("presets", "cleanrl")):
+        assert cli._main(["list", what]) == 0
+        assert word in capsys.readouterr().out
+
+
+_PRESETS = [(name, algorithm) for name, entries in presets.list_presets().items() for algorithm in entries]
+
+
+@pytest.mark.parametrize(("name", "algorithm"), _PRESETS, ids=[f"{name}-{algorithm}" for name, algorithm in _PRESETS])
+def test_every_preset_builds(name, algorithm):
+    preset = presets.list_presets()[name][algorithm]
+    assert set(preset) <= set(presets._FIELDS)
+    assert algorithm in list_algorithms()
+    continuous = preset.get("setup", {}).get("normalize_obs", False)
+    env = name if "/" in name else "gymnax/Pendulum-v1" if continuous else "gymnax/CartPole-v1"
+    if env.startswith("brax/"):
+        # Making a Brax environment takes seconds; its settings are checked on another continuous task.
+        assert preset["env_options"]["backend"] == "spring"
+        env, options = "gymnax/Pendulum-v1", {}
+    else:
+        options = preset.get("env_options", {})
+    setup = {key: tuple(value) if isinstance(value, list) else value for key, value in preset.get("setup", {}).items()}
+    spec = RunSpec(
+        algorithm, env, preset["total_env_steps"], env_options=options, setup=setup, configs=(preset["hypers"],)
+    )
+    spec.check(spec.build())
+
+
+def test_auto_takes_the_environments_own_preset():
+    assert presets.find("auto", "ppo", "gymnax/Pendulum-v1")["name"] == "gymnax/Pendulum-v1"
+    assert presets.find("auto", "ppo", "gymnax/Catch-bsuite") == {"name": None}
+    assert presets.find("none", "ppo", "gymnax/Pendulum-v1") == {"name": None}
