@@ -33,7 +33,7 @@ _PUBLIC = {
     "from_gymnax": "pgjax.envs.gymnax",
     "from_brax": "pgjax.envs.brax",
     "change_params": "pgjax.envs.params",
-    "check_env": "pgjax.check_env",
+    "check_env": "pgjax.env_checks",
     "make": "pgjax.algorithms",
     "make_train": "pgjax.training",
     "evaluate": "pgjax.evaluation",
