@@ -15,7 +15,7 @@ from pgjax.store import RunStore, load
 
 FOLDER = Path("runs/demo")
 # Environment, number of seeds, environment steps of each: what two cores do in a few minutes.
-RUNS = (("gymnax/CartPole-v1", 8, 300_000), ("brax/hopper", 2, 2_000_000))
+RUNS = (("gymnax/CartPole-v1", 8, 300_000), ("brax/hopper", 2, 1_000_000))
 
 
 def main() -> None:

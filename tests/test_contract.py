@@ -18,7 +18,7 @@ from pgjax.types import Algorithm
 
 # id -> fields of Setup for the tests below, besides those in TINY
 TABLE = {
-    "reinforce": dict(normalize_value=True, value_steps=2),
+    "reinforce": dict(normalize_value=True, tail="bootstrap", value_steps=2),
     "a2c": dict(optimizer="rmsprop", reward_scaling="per_step"),
     "ppo": dict(num_epochs=2, num_minibatches=2, distribution="tanh_gaussian", learning_rate_schedule="adaptive_kl"),
 }
@@ -138,6 +138,12 @@ def test_other_numbers_compile_nothing(built):
     other, _ = built.step(state.replace(env_params=gain(2)), changed)
     assert built.traces == traces
     assert (usual.learner.params.actor != other.learner.params.actor).any()
+
+
+def test_plain_python_numbers_do_not_change_what_a_state_is_made_of(built):
+    state = built.init(jax.random.key(0), built.hypers, gain(1))
+    hypers = built.hypers.replace(obs_clip=5.0, learning_rate=1e-3)
+    assert types_of(jax.eval_shape(built.algorithm.step, state, hypers)[0]) == types_of(state)
 
 
 def numbers(built):
@@ -394,6 +400,7 @@ def test_distributions_and_maps_that_do_not_fit_the_actions(env, fields, words):
         (dict(learning_rate=float("inf")), ["hypers.learning_rate", "finite"]),
         (dict(learning_rate=-1e-3), ["hypers.learning_rate = -0.001", ">= 0"]),
         (dict(gamma=1.5), ["hypers.gamma = 1.5", "[0, 1]"]),
+        (dict(adam_b1=1.0), ["hypers.adam_b1 = 1.0", "below 1"]),
         (dict(gae_lambda=[0.5, 2.0]), ["hypers.gae_lambda = [0.5, 2.0]", "[0, 1]"]),
         (dict(entropy_coef="much"), ["hypers.entropy_coef = 'much'", "number"]),
         (dict(anneal_env_steps=0), ["hypers.anneal_env_steps = 0", "environment steps"]),

@@ -264,11 +264,12 @@ def update_by_hand(setup, h, params, batch, indices, progress, clip_eps):
             active = False
         if not active:
             continue
-        report["grad_norm"] = descend_by_hand(setup, h, p, moments, gradient, rate * lr_scale, len(reports) + 1)
-        reports.append(report)
         if setup.learning_rate_schedule == "adaptive_kl":
+            # As in Brax, the rate moves before the step on the minibatch whose KL was measured.
             factor = 1 / 1.5 if kl > 2 * h.desired_kl else 1.5 if 0 < kl < h.desired_kl / 2 else 1
             lr_scale = np.clip(rate * lr_scale * factor, 1e-5, 1e-2) / rate
+        report["grad_norm"] = descend_by_hand(setup, h, p, moments, gradient, rate * lr_scale, len(reports) + 1)
+        reports.append(report)
         if setup.early_stop == "epoch" and position == setup.num_minibatches - 1 and report["kl_sampled"] > h.target_kl:
             active = False
     means = {name: np.mean([report[name] for report in reports]) for name in reports[0]}
@@ -759,6 +760,10 @@ def test_unusable_settings_are_refused_in_one_line():
     for changes, words in [
         (dict(advantage_recompute="minibatch"), ("advantage_recompute", "minibatch_by = 'unroll'")),
         (dict(brax_exact=True), ("brax_exact", "boundary = 'mask'")),
+        (
+            dict(advantage_recompute="minibatch", minibatch_by="unroll", normalize_advantage="batch"),
+            ("normalize_advantage = 'batch'", "advantage_recompute = 'minibatch'"),
+        ),
         (
             dict(minibatch_by="unroll", num_envs=4, num_minibatches=3),
             ("num_minibatches = 3", "num_envs = 4", "1, 2, 4"),

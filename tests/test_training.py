@@ -247,6 +247,11 @@ def test_evaluation_on_or_off_gives_the_same_bits(evaluated):
         np.testing.assert_array_equal(value, evaluated[1][name], err_msg=name)
 
 
+def test_training_and_evaluation_draw_from_streams_of_their_own():
+    keys = [KEY, *training.lane_keys(KEY), *training.lane_keys(jax.random.key(8))]
+    assert len({tuple(jax.random.key_data(key).tolist()) for key in keys}) == 5
+
+
 def test_a_horizon_that_was_given_stays():
     hypers = ALGORITHM.hypers
     assert training.with_horizon(hypers, 500).anneal_env_steps == 500
