@@ -74,9 +74,14 @@ def make(env, setup: Setup = Setup(), hypers: Hypers = Hypers(), *, objective=No
 
     def update(core, key, learner, batch, hypers, progress):
         key, key_value = jax.random.split(key)
+        before = learner
         learner, metrics = policy_step(core, key, learner, batch, hypers, progress)
         if setup.baseline == "value" and setup.value_steps > 1:
             learner = fit_value(core, key_value, learner, batch, hypers, progress, num_epochs=setup.value_steps - 1)
+        if batch.weight is not None:
+            # Without a complete episode there is no gradient, and the optimiser's momentum alone must not move anything.
+            learned = batch.weight.sum() > 0
+            learner = jax.tree.map(lambda new, old: jnp.where(learned, new, old), learner, before)
         return learner, metrics
 
     return on_policy.make(
@@ -97,5 +102,9 @@ def _validate(setup: Setup) -> None:
         raise RequestError("setup.boundary = 'mask' is not defined for returns; use 'bootstrap' or 'terminate'")
     if setup.normalize_value and setup.baseline != "value":
         raise RequestError(f"setup.normalize_value = True needs a critic; use baseline = 'value', not {setup.baseline!r}")
+    if setup.normalize_value and setup.tail == "mask":
+        raise RequestError(
+            "setup.normalize_value = True would learn from the incomplete returns of tail = 'mask'; use tail = 'bootstrap'"
+        )
     if setup.value_steps < 1:
         raise RequestError(f"setup.value_steps = {setup.value_steps} must be a whole number >= 1")

@@ -52,9 +52,10 @@ def _names(metrics: dict) -> dict[str, list[str]]:
 def start_row(metrics: dict) -> Row:
     """An accumulator for metrics of this structure (scalars or ``ShapeDtypeStruct``s)."""
     start = {"maximum": -jnp.inf, "minimum": jnp.inf}
+    dtype = jnp.result_type(*(value.dtype for name, value in metrics.items() if reduction(name) != "last"))
     return Row(
         **{
-            field: jnp.full(len(names), start.get(field, 0), jnp.int32 if field == "last" else jnp.float32)
+            field: jnp.full(len(names), start.get(field, 0), jnp.int32 if field == "last" else dtype)
             for field, names in _names(metrics).items()
         }
     )

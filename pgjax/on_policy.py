@@ -297,7 +297,8 @@ def make(
             for name, value in step_metrics.items()
         }
         step_metrics["nonfinite"] = nonfinite.astype(jnp.float32)
-        state = state.replace(key=key, learner=learner, nonfinite=nonfinite, obs_clip=hypers.obs_clip)
+        obs_clip = jnp.where(nonfinite, state.obs_clip, hypers.obs_clip).astype(state.obs_clip.dtype)
+        state = state.replace(key=key, learner=learner, nonfinite=nonfinite, obs_clip=obs_clip)
         return state, step_metrics
 
     def act(policy, obs, key=None):
@@ -508,7 +509,8 @@ def as_hypers(hypers: Hypers, **changes) -> Hypers:
     return type(hypers)(**fields)
 
 
-_AT_MOST_ONE = ("gamma", "gae_lambda", "adam_b1", "adam_b2", "rmsprop_decay")
+_AT_MOST_ONE = ("gamma", "gae_lambda", "rmsprop_decay")
+_BELOW_ONE = ("adam_b1", "adam_b2")
 _MAY_BE_INFINITE = ("max_grad_norm", "target_kl", "obs_clip", "reward_clip", "anneal_env_steps", "value_clip_eps")
 
 
@@ -520,6 +522,8 @@ def _check_hyper(name, value):
         raise RequestError(f"hypers.{name} = {shown} is negative; give a value >= 0")
     if name in _AT_MOST_ONE and (value > 1).any():
         raise RequestError(f"hypers.{name} = {shown} is above 1; give a value in [0, 1]")
+    if name in _BELOW_ONE and (value >= 1).any():
+        raise RequestError(f"hypers.{name} = {shown} must be below 1; give a value in [0, 1)")
     if name not in _MAY_BE_INFINITE and np.isinf(value).any():
         raise RequestError(f"hypers.{name} = {shown} is infinite; give a finite value")
     if name == "anneal_env_steps" and (value == 0).any():
@@ -548,6 +552,10 @@ def validate(setup: Setup, env: Environment) -> None:
     if setup.advantage_recompute == "minibatch" and not unrolls:
         raise RequestError(
             "setup.advantage_recompute = 'minibatch' needs time-contiguous samples; add setup.minibatch_by = 'unroll'"
+        )
+    if setup.advantage_recompute == "minibatch" and setup.normalize_advantage == "batch":
+        raise RequestError(
+            "setup.normalize_advantage = 'batch' has no effect with advantage_recompute = 'minibatch'; use 'minibatch'"
         )
     if setup.boundary != "mask" and setup.brax_exact:
         raise RequestError(f"setup.brax_exact = True has no effect with boundary = {setup.boundary!r}; use boundary = 'mask'")

@@ -33,7 +33,7 @@ def masked_mean(x: jax.Array, weight: jax.Array | None) -> jax.Array:
     """Mean over the samples whose weight is one; over all if ``weight`` is None; 0 if there are none."""
     if weight is None:
         return x.mean()
-    return (x * weight).sum() / jnp.maximum(weight.sum(), 1)
+    return jnp.where(weight > 0, x, 0.0).sum() / jnp.maximum(weight.sum(), 1)
 
 
 def normalize_advantage(batch: Batch) -> Batch:
@@ -41,7 +41,7 @@ def normalize_advantage(batch: Batch) -> Batch:
     advantage, weight = batch.advantage, batch.weight
     centred = advantage - masked_mean(advantage, weight)
     normalized = centred / (jnp.sqrt(masked_mean(centred**2, weight)) + 1e-8)
-    return batch.replace(advantage=normalized if weight is None else normalized * weight)
+    return batch.replace(advantage=normalized if weight is None else jnp.where(weight > 0, normalized, 0.0))
 
 
 def value_loss(setup, hypers: Hypers, value, value_old, value_target) -> jax.Array:
@@ -140,14 +140,15 @@ def minibatch_sgd(objective: PolicyObjective, estimate: Callable) -> Callable:
             if setup.early_stop == "minibatch":
                 active = active & ~(kl > hypers.target_kl)
             gradient, norm = clip_gradient(setup, hypers, gradient)
-            stepped = descend(setup, hypers, params, opt_state, gradient, learning_rate * lr_scale)
             if setup.learning_rate_schedule == "adaptive_kl":
-                # paper: none / authors' code: brax's PPO after RSL-RL, per minibatch / here: the same.
+                # paper: none / authors' code: brax's PPO after RSL-RL, per minibatch and before its step / here: the same.
                 exact_kl = minibatch.dist_old.kl(dist).mean()
                 factor = jnp.where(exact_kl > 2 * hypers.desired_kl, 1 / 1.5, 1.0)
                 factor = jnp.where((exact_kl > 0) & (exact_kl < hypers.desired_kl / 2), 1.5, factor)
-                scaled = jnp.clip(learning_rate * lr_scale * factor, 1e-5, 1e-2) / learning_rate
+                # The floor under the divisor lets a learning rate of zero stay zero.
+                scaled = jnp.clip(learning_rate * lr_scale * factor, 1e-5, 1e-2) / jnp.maximum(learning_rate, 1e-30)
                 lr_scale = jnp.where(active, scaled, lr_scale)
+            stepped = descend(setup, hypers, params, opt_state, gradient, learning_rate * lr_scale)
             if setup.early_stop != "off":
                 # A masked step of fixed length: under vmap a loop that ends early would wait for the slowest lane.
                 stepped = jax.tree.map(lambda new, old: jnp.where(active, new, old), stepped, (params, opt_state))
