@@ -22,7 +22,7 @@ class Setup(on_policy.Setup):
 
     tail: what becomes of steps whose episode outlasts the batch: ``mask`` leaves them out (unbiased, and wasteful unless
         num_steps exceeds an episode's length), ``bootstrap`` ends their return with the critic (value baseline only).
-    value_steps: gradient steps on the critic per iteration, the first of them jointly with the policy's.
+    value_steps: passes over the batch for the critic per iteration, the first of them jointly with the policy's.
     """
 
     num_steps: int = 500

@@ -144,7 +144,11 @@ def policy_change(log_ratio: jax.Array, dist_old, dist) -> dict[str, jax.Array]:
     }
 
 
-def explained_variance(value: jax.Array, value_target: jax.Array) -> jax.Array:
-    """1 - Var(target - value) / Var(target) over the whole batch; 0 where the target does not vary."""
-    variance = value_target.var()
-    return jnp.where(variance > 0, 1 - (value_target - value).var() / jnp.where(variance > 0, variance, 1), 0.0)
+def explained_variance(value: jax.Array, value_target: jax.Array, weight: jax.Array | None = None) -> jax.Array:
+    """1 - Var(target - value) / Var(target) over the batch, or the samples of weight 1; 0 where the target does not vary."""
+
+    def variance(x):
+        return x.var() if weight is None else x.var(where=weight > 0)
+
+    spread = variance(value_target)
+    return jnp.where(spread > 0, 1 - variance(value_target - value) / jnp.where(spread > 0, spread, 1), 0.0)

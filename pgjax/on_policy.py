@@ -291,7 +291,7 @@ def make(
             "entropy": dist.entropy(key_entropy).mean(),
         }
         if batch.value_target is not None:
-            step_metrics["explained_variance"] = metrics.explained_variance(batch.value, batch.value_target)
+            step_metrics["explained_variance"] = metrics.explained_variance(batch.value, batch.value_target, batch.weight)
         step_metrics = {
             name: value if name.startswith("episode_") else jnp.where(nonfinite & jnp.isnan(value), 0, value)
             for name, value in step_metrics.items()

@@ -41,6 +41,9 @@ class Environment(Protocol):
     ``params`` is a traced pytree of physics constants or level data, shared by the B environments of a lane;
     ``max_episode_steps`` is a static upper bound of an episode's length, the limit in force may be a field of ``params``.
     ``host_callback`` is true where a step leaves the device.
+
+    An environment may also have ``presample(key [..., B], params) -> drawn`` and ``step_presampled(drawn [B], env_state,
+    action, params)``, equal to ``step`` with the same keys: a rollout then draws its random numbers at once, before its scan.
     """
 
     name: str
