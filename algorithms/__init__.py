@@ -9,6 +9,13 @@ _ALGORITHMS = {
     "reinforce": ("pgjax.algorithms.reinforce", "REINFORCE (Williams 1992), without or with a value baseline"),
     "a2c": ("pgjax.algorithms.a2c", "Advantage actor-critic, synchronous (Mnih et al. 2016)"),
     "ppo": ("pgjax.algorithms.ppo", "Proximal policy optimization, clipped (Schulman et al. 2017)"),
+    "ppo_kl": ("pgjax.algorithms.ppo_kl", "PPO with a fixed or adaptive penalty on the KL (Schulman et al. 2017)"),
+    "trpo": ("pgjax.algorithms.trpo", "Trust region policy optimization (Schulman et al. 2015)"),
+    "vmpo": ("pgjax.algorithms.vmpo", "On-policy maximum a posteriori policy optimization (Song et al. 2019)"),
+    "mdpo": ("pgjax.algorithms.mdpo", "Mirror descent policy optimization, on-policy (Tomar et al. 2020)"),
+    "spo": ("pgjax.algorithms.spo", "Simple Policy Optimization (Xie et al. 2025)"),
+    "fixpo": ("pgjax.algorithms.fixpo", "Fixup policy optimization (Zentner et al. 2023)"),
+    "dpo": ("pgjax.algorithms.dpo", "Discovered Policy Optimisation (Lu et al. 2022)"),
 }
 
 

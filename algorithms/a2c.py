@@ -12,6 +12,9 @@ import jax
 from pgjax import on_policy
 from pgjax.updates import minibatch_sgd, plug
 
+# One gradient step per batch.
+DEFINING = ("num_epochs", "num_minibatches")
+
 
 @dataclasses.dataclass(frozen=True)
 class Setup(on_policy.Setup):
@@ -35,12 +38,9 @@ def policy_gradient(log_ratio: jax.Array, advantage: jax.Array) -> jax.Array:
 
 def make(env, setup: Setup = Setup(), hypers: Hypers = Hypers(), *, objective=None, networks=None):  # noqa: B008
     """A2C on ``env``. ``objective`` replaces the policy gradient: ``f(log_ratio, advantage)`` or a ``pgjax.Objective``."""
-    objective, params = plug(objective, lambda sample, hypers, extra: policy_gradient(sample.log_ratio, sample.advantage))
-    return on_policy.make(
-        "a2c",
-        env,
-        setup,
-        hypers if params is None else hypers.replace(objective=params),
-        update=minibatch_sgd(objective, on_policy.gae_estimate),
-        networks=networks,
-    )
+
+    def gradient(sample, hypers, extra):
+        return policy_gradient(sample.log_ratio, sample.advantage)
+
+    objective, hypers = plug(objective, gradient, hypers)
+    return on_policy.make("a2c", env, setup, hypers, update=minibatch_sgd(objective), networks=networks)

@@ -44,12 +44,5 @@ def make(env, setup: Setup = Setup(), hypers: Hypers = Hypers(), *, objective=No
     def clipped(sample, hypers, extra):
         return clip_surrogate(sample.log_ratio, sample.advantage, hypers.clip_eps)
 
-    objective, params = plug(objective, clipped)
-    return on_policy.make(
-        "ppo",
-        env,
-        setup,
-        hypers if params is None else hypers.replace(objective=params),
-        update=minibatch_sgd(objective, on_policy.gae_estimate),
-        networks=networks,
-    )
+    objective, hypers = plug(objective, clipped, hypers)
+    return on_policy.make("ppo", env, setup, hypers, update=minibatch_sgd(objective), networks=networks)

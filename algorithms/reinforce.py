@@ -15,6 +15,9 @@ from pgjax.algorithms.a2c import policy_gradient
 from pgjax.errors import RequestError
 from pgjax.updates import fit_value, masked_mean, minibatch_sgd, plug
 
+# One gradient step per batch, which has to hold whole episodes.
+DEFINING = ("num_epochs", "num_minibatches", "num_steps")
+
 
 @dataclasses.dataclass(frozen=True)
 class Setup(on_policy.Setup):
@@ -69,7 +72,11 @@ def returns_estimate(core, hypers, learner, batch):
 def make(env, setup: Setup = Setup(), hypers: Hypers = Hypers(), *, objective=None, networks=None):  # noqa: B008
     """REINFORCE on ``env``. ``objective`` replaces the policy gradient, as elsewhere."""
     _validate(setup)
-    objective, params = plug(objective, lambda sample, hypers, extra: policy_gradient(sample.log_ratio, sample.advantage))
+
+    def gradient(sample, hypers, extra):
+        return policy_gradient(sample.log_ratio, sample.advantage)
+
+    objective, hypers = plug(objective, gradient, hypers)
     policy_step = minibatch_sgd(objective, returns_estimate)
 
     def update(core, key, learner, batch, hypers, progress):
@@ -77,7 +84,8 @@ def make(env, setup: Setup = Setup(), hypers: Hypers = Hypers(), *, objective=No
         before = learner
         learner, metrics = policy_step(core, key, learner, batch, hypers, progress)
         if setup.baseline == "value" and setup.value_steps > 1:
-            learner = fit_value(core, key_value, learner, batch, hypers, progress, num_epochs=setup.value_steps - 1)
+            more = {"num_epochs": setup.value_steps - 1, "num_minibatches": setup.num_minibatches}
+            learner, _ = fit_value(core, key_value, learner, batch, hypers, progress, **more)
         if batch.weight is not None:
             # Without a complete episode there is no gradient, and the optimiser's momentum alone must not move anything.
             learned = batch.weight.sum() > 0
@@ -88,7 +96,7 @@ def make(env, setup: Setup = Setup(), hypers: Hypers = Hypers(), *, objective=No
         "reinforce",
         env,
         setup,
-        hypers if params is None else hypers.replace(objective=params),
+        hypers,
         update=update,
         estimate=returns_estimate,
         networks=networks,

@@ -230,23 +230,31 @@ def _startup(repeats, say):
 def _memory(repeats, say):
     """Peak memory of the process against the length of the run and the number of lanes."""
     code = (
-        "import sys, resource; lanes, steps = int(sys.argv[1]), int(float(sys.argv[2]))\n"
+        "import sys; lanes, steps = int(sys.argv[1]), int(float(sys.argv[2]))\n"
         "from pgjax import lanes as lanes_; lanes_.use_host_devices(); lanes_.use_compilation_cache()\n"
         "import pgjax; from pgjax.runner import RunSpec, run\n"
         "spec = RunSpec('ppo', 'gymnax/CartPole-v1', steps, setup={'num_envs': 64}, seeds=tuple(range(lanes)), num_evals=1)\n"
         "with pgjax.RunStore.create(sys.argv[3], spec.config()) as store: run(spec, store)\n"
-        "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)\n"
+        "from pgjax.experiments.bench import peak_mib; print(peak_mib())\n"
     )
     figures = {}
     with tempfile.TemporaryDirectory() as folder:
         for num_lanes, steps in ((1, 1e5), (1, 1e6), (1, 1e7), (8, 1e5), (32, 1e5), (128, 1e5)):
             command = [sys.executable, "-c", code, str(num_lanes), str(steps), f"{folder}/{num_lanes}-{steps}"]
             done = subprocess.run(command, capture_output=True, text=True, check=True)
-            mib = int(done.stdout.split()[-1]) / 1024
+            mib = float(done.stdout.split()[-1])
             figures[f"{num_lanes} lanes, {steps:.0e} env steps"] = mib
             say(f"  {num_lanes:>4} lanes, {steps:.0e} env steps each: peak {mib:7.0f} MiB")
-    figures["self"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
     return figures
+
+
+def peak_mib() -> float:
+    """Most memory this process has held, in MiB."""
+    status = Path("/proc/self/status")
+    if status.exists():
+        # getrusage would also count what the parent held when it forked.
+        return int(status.read_text().split("VmHWM:")[1].split()[0]) / 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1 << 20 if sys.platform == "darwin" else 1 << 10)
 
 
 PARTS: dict[str, Callable[[int, Callable[[str], None]], Any]] = {

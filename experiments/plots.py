@@ -11,9 +11,17 @@ import pgjax
 from pgjax.errors import RequestError
 from pgjax.experiments.statistics import iqm, iqm_interval
 from pgjax.metrics import reduction
+from pgjax.store import LoadedRun
 
-# Colour-blind safe (Okabe and Ito 2008), dark enough on white.
-_COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000")
+# Colour-blind safe (Okabe and Ito 2008, then Tol's muted scheme), dark enough on white.
+_COLORS = (
+    *("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000"),
+    *("#882255", "#999933", "#332288", "#888888", "#AA4466"),
+)
+# Neighbours in the order of curves differ in their dashes too.
+_DASHES = ("-", (0, (5, 1.5)), (0, (1.5, 1)))
+# Points of a curve of a noisy column: each is the mean over its part of the run.
+_SMOOTH_POINTS = 40
 
 
 def plot_runs(paths: Sequence[Path], out: Path | None = None, metrics: Sequence[str] = ()) -> Path:
@@ -40,11 +48,7 @@ def plot_runs(paths: Sequence[Path], out: Path | None = None, metrics: Sequence[
     if out.suffix.lower() not in (".png", ".pdf", ".svg"):
         raise RequestError(f"--out {out} must end in .png, .pdf or .svg")
 
-    import matplotlib
-
-    matplotlib.use("Agg", force=False)
-    from matplotlib import pyplot as plt
-
+    plt = _pyplot()
     envs = list(dict.fromkeys(run.config["env"] for run in runs))
     rows = 1 + len(metrics)
     figure, axes = plt.subplots(
@@ -54,38 +58,106 @@ def plot_runs(paths: Sequence[Path], out: Path | None = None, metrics: Sequence[
         axes[0][column].set_title(env)
         curves = [curve for run in runs if run.config["env"] == env for curve in _curves(run)]
         for index, (label, lanes, episodes) in enumerate(curves):
-            color = _COLORS[index % len(_COLORS)]
-            _draw(axes[0][column], *_returns(lanes, episodes), label, color)
+            style = {"label": label, "color": _COLORS[index % len(_COLORS)]}
+            _draw(axes[0][column], *_returns(lanes, episodes), **style)
             for row, name in enumerate(metrics, 1):
-                _draw(axes[row][column], *_by_seed(lanes, "env_steps", name), label, color)
+                _draw(axes[row][column], *_by_seed(lanes, "env_steps", name), **style)
         axes[0][column].set_ylabel("return")
         for row, name in enumerate(metrics, 1):
             axes[row][column].set_ylabel(name.replace("_", " "))
         axes[0][column].legend(frameon=False, fontsize=8)
         for axis in axes[:, column]:
-            axis.set_xlabel("environment steps")
-            axis.grid(alpha=0.25)
-            axis.spines[["top", "right"]].set_visible(False)
-            axis.ticklabel_format(axis="x", style="sci", scilimits=(0, 0))
+            _over_env_steps(axis)
+    _save(figure, out)
+    return out
+
+
+def plot_comparison(runs: Sequence[LoadedRun], microseconds: Sequence[float], title: str, out: Path) -> Path:
+    """Draws what several algorithms earned on one environment, how far each update moved them, and how long they took.
+
+    Args:
+      runs: one an algorithm, with one configuration each.  microseconds: of training per environment step, one a run.
+      title: of the figure.  out: file to write.
+    Returns: the file.
+    Raises: RequestError if it cannot be written.
+    """
+    plt = _pyplot()
+    figure, axes = plt.subplots(1, 3, figsize=(14, 5.2), width_ratios=(1.45, 1.2, 0.85), layout="constrained", dpi=130)
+    returns, divergence, clock = axes
+    names = [run.config["algorithm"] for run in runs]
+    for index, (name, run) in enumerate(zip(names, runs, strict=True)):
+        style = {"label": name, "color": _COLORS[index % len(_COLORS)], "linestyle": _DASHES[index % len(_DASHES)]}
+        for _, rows, episodes in _curves(run):
+            _draw(returns, *_returns(rows, episodes), **style)
+            _draw(divergence, *_in_parts(*_by_seed(rows, "env_steps", "kl")), **style)
+    returns.set(title="evaluation of the mode policy", ylabel="return (IQM over seeds, 95 % interval)")
+    divergence.set(title="how far an update moves the policy", ylabel="KL(old || new) per update, nats")
+    divergence.set_yscale("log", nonpositive="mask")
+    # An update that moves nothing must not stretch the axis over decades that hold nothing else.
+    divergence.set_ylim(bottom=max(divergence.get_ylim()[0], 1e-7))
+    for axis in (returns, divergence):
+        _over_env_steps(axis)
+    handles, labels = returns.get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=10, frameon=False, handlelength=2.6)
+    figure.suptitle(title)
+    _draw_bars(clock, names, microseconds)
+    _save(figure, out)
+    return out
+
+
+def _draw_bars(axis, names: Sequence[str], microseconds: Sequence[float]) -> None:
+    bars = axis.barh(names, microseconds, color=[_COLORS[index % len(_COLORS)] for index in range(len(names))])
+    axis.bar_label(bars, fmt="%.3g", padding=3, fontsize=9)
+    axis.invert_yaxis()
+    axis.margins(x=0.18)
+    axis.set(title="training time", xlabel="microseconds per environment step")
+    axis.grid(axis="x", alpha=0.25)
+    axis.set_axisbelow(True)
+    axis.spines[["top", "right"]].set_visible(False)
+
+
+def finite_seeds(run: LoadedRun, config: int = 0) -> list[int]:
+    """Seeds of a configuration whose updates all stayed finite, ascending: those that enter statistics."""
+    rows = cast(pd.DataFrame, run.metrics[run.metrics.config == config])
+    frozen = rows.groupby("seed")["nonfinite"].max()
+    return sorted(int(seed) for seed in frozen[frozen == 0].index)
+
+
+def _pyplot():
+    import matplotlib
+
+    matplotlib.use("Agg", force=False)
+    from matplotlib import pyplot
+
+    return pyplot
+
+
+def _over_env_steps(axis) -> None:
+    axis.set_xlabel("environment steps")
+    axis.grid(alpha=0.25)
+    axis.spines[["top", "right"]].set_visible(False)
+    axis.ticklabel_format(axis="x", style="sci", scilimits=(0, 0))
+
+
+def _save(figure, out: Path) -> None:
+    """Writes the figure and lets go of it."""
     try:
         figure.savefig(out)
     except OSError as error:
         raise RequestError(f"--out {out} cannot be written: {error.strerror}") from error
-    plt.close(figure)
-    return out
+    _pyplot().close(figure)
 
 
-def _curves(run) -> list[tuple[str, pd.DataFrame, pd.DataFrame]]:
+def _curves(run: LoadedRun) -> list[tuple[str, pd.DataFrame, pd.DataFrame]]:
     """``(label, rows, episodes)`` of every configuration of a run, without its frozen lanes."""
-    frozen = run.metrics.groupby(["config", "seed"])["nonfinite"].max()
-    kept = frozen[frozen == 0].index
     curves = []
     for config, hypers in enumerate(run.config["configs"]):
-        seeds = [seed for c, seed in kept if c == config]
+        seeds = finite_seeds(run, config)
         if not seeds:
             continue
-        rows = run.metrics[(run.metrics.config == config) & run.metrics.seed.isin(seeds)]
-        episodes = run.evaluations[(run.evaluations.config == config) & run.evaluations.seed.isin(seeds)]
+        rows = cast(pd.DataFrame, run.metrics[(run.metrics.config == config) & run.metrics.seed.isin(seeds)])
+        of_lanes = (run.evaluations.config == config) & run.evaluations.seed.isin(seeds)
+        episodes = cast(pd.DataFrame, run.evaluations[of_lanes])
         told = ", ".join(f"{name}={value:g}" for name, value in hypers.items()) if len(run.config["configs"]) > 1 else ""
         label = f"{run.config['algorithm']}{' ' + told if told else ''}, {len(seeds)} seed{'s' if len(seeds) > 1 else ''}"
         curves.append((label, rows, episodes))
@@ -107,12 +179,19 @@ def _by_seed(frame: pd.DataFrame, x: str, y: str) -> tuple[np.ndarray, np.ndarra
     return table.columns.to_numpy(), table.to_numpy()
 
 
-def _draw(axis, x, y, label, color):
+def _in_parts(x: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """``x [P]`` and ``y [S, P]`` cut into at most ``_SMOOTH_POINTS`` parts: the last x and the mean of y in each."""
+    parts = np.array_split(np.arange(len(x)), min(len(x), _SMOOTH_POINTS))
+    return x[[part[-1] for part in parts]], np.stack([y[:, part].mean(1) for part in parts], axis=1)
+
+
+def _draw(axis, x, y, label, color, linestyle="-"):
     known = ~np.isnan(y).any(0)
     x, y = x[known], y[:, known]
     if not x.size:
         return
-    axis.plot(x, iqm(y), color=color, label=label, lw=1.8, marker="o" if len(x) < 15 else None, ms=3)
+    marker = "o" if len(x) < 15 else None
+    axis.plot(x, iqm(y), color=color, label=label, lw=1.8, ls=linestyle, marker=marker, ms=3)
     if len(y) > 1:
         low, high = iqm_interval(y)
         axis.fill_between(x, low, high, color=color, alpha=0.18, lw=0)

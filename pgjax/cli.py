@@ -124,6 +124,9 @@ class TrainArgs:
     """Folder of the run; runs/ALGORITHM-ENV if not given."""
     resume: bool = False
     """Go on with the run in --out from its last checkpoint; the other options may then be left out."""
+    extend: int | None = None
+    """Go on with the run in --out, finished or not, to this larger total of environment steps. Schedules then run to the
+    new total, so a falling learning rate jumps up where the run goes on; no other option may be given."""
     preset: str = "auto"
     """Settings to start from: a name of pgjax list presets, auto for the environment's own if there is one, or none."""
     init_policy: str | None = None
@@ -172,15 +175,20 @@ def _train_request(name: str, module, argv: list[str]):
     from pgjax.store import read_run
 
     env, out = _peek(argv, "--env"), _peek(argv, "--out")
-    if "--resume" in argv and env is None and out is not None:
+    wants_help = "-h" in argv or "--help" in argv
+    extends = not wants_help and any(word.split("=")[0] == "--extend" for word in argv)
+    if extends and out is None:
+        raise RequestError("--extend needs --out, the folder of the run that is to go on")
+    if extends or ("--resume" in argv and env is None and out is not None and not wants_help):
+        flag, remedy = ("--extend", "leave it out") if extends else ("--resume", "give --env too to compare the whole request")
         config = read_run(out)["config"]
         if config["algorithm"] != name:
-            raise RequestError(f"--resume: {out} holds a run of {config['algorithm']}, not of {name}")
-        extra = [word for word in argv if word.startswith("--") and word.split("=")[0] not in ("--resume", "--out")]
+            raise RequestError(f"{flag}: {out} holds a run of {config['algorithm']}, not of {name}")
+        extra = [word for word in argv if word.startswith("--") and word.split("=")[0] not in (flag, "--resume", "--out")]
         if extra:
-            raise RequestError(f"{extra[0]} cannot be changed by --resume; give --env too to compare the whole request")
+            raise RequestError(f"{extra[0]} cannot be changed by {flag}; {remedy}")
         spec = RunSpec.from_config(config)
-        args = TrainArgs(env=spec.env, out=Path(out), resume=True)
+        args = _parse(TrainArgs, [f"--env={spec.env}", *argv], f"pgjax train {name}", config=(tyro.conf.UseAppendAction,))
         return args, spec, _load_objective(spec.objective)
 
     preset = presets.find(_peek(argv, "--preset") or "auto", name, env or "")
@@ -229,21 +237,27 @@ def _run_training(args: TrainArgs, spec, objective) -> int:
     lanes.use_host_devices()
     lanes.use_compilation_cache()
     from pgjax.display import Display
-    from pgjax.runner import describe_env, run
-    from pgjax.store import RunStore
+    from pgjax.runner import check_extension, describe_env, extend, run
+    from pgjax.store import RunStore, read_run
 
     algorithm = spec.build(objective)
     spec.check(algorithm)
     out = args.out or Path("runs") / f"{spec.algorithm}-{spec.env.replace('/', '-')}"
     listeners = [_logger(args.log_to, out, spec)] if args.log_to else []
     provenance = describe_env(algorithm.env, spec)
-    if args.resume:
+    if args.extend is not None:
+        check_extension(spec, algorithm, read_run(out).get("extensions", ()), args.extend)
+        store = RunStore.open(out, provenance=provenance)
+    elif args.resume:
         store = RunStore.open(out, spec.config(), may_differ=("devices",), provenance=provenance)
     else:
         store = RunStore.create(out, spec.config(), provenance=provenance)
     again = f"pgjax train {spec.algorithm} --out {shlex.quote(str(out))} --resume"
     with store:
-        if args.resume and store.status == "finished":
+        if args.extend is not None:
+            spec = extend(store, algorithm, args.extend)
+            print(_extension_line(store.extensions[-1], spec))
+        elif args.resume and store.status == "finished":
             print(f"{out} is finished already; nothing to do")
             return 0
         with Display(spec, again) as display:
@@ -256,6 +270,12 @@ def _run_training(args: TrainArgs, spec, objective) -> int:
             result = run(spec, store, report, algorithm=algorithm)
     # An interrupted run is not done either: what follows in a script must not take it for finished.
     return 0 if result.status == "finished" else _EXIT_FAILED
+
+
+def _extension_line(extension: dict, spec) -> str:
+    given = any("anneal_env_steps" in config for config in spec.configs)
+    now = "stay at the hypers.anneal_env_steps that was given" if given else "run to the new total from here on"
+    return f"extended at {extension['at']:,} env steps, from {extension['from']:,} to {extension['to']:,}: schedules {now}"
 
 
 def _logger(name: str, out: Path, spec) -> Callable:

@@ -69,6 +69,12 @@ class Categorical:
         prob = jnp.exp(log_prob)
         return _weighted_sum(prob, log_prob) - _weighted_sum(prob, log_prob_other)
 
+    def fisher_product(self, tangent: "Categorical") -> "Categorical":
+        """The Fisher information in the logits, diag(p) - p pᵀ, times a change of them; per batch entry."""
+        prob = jax.nn.softmax(self.logits)
+        product = prob * tangent.logits
+        return Categorical(product - prob * product.sum(-1, keepdims=True))
+
     def to_distrax(self):
         """The equal distrax distribution; imports distrax."""
         import distrax
@@ -115,6 +121,10 @@ class DiagGaussian:
         """KL(self ‖ other), [*batch]: Σ_i log σ'_i - log σ_i + (σ_i² + (μ_i - μ'_i)²) / 2σ'_i² - ½."""
         z = (self.mean - other.mean) * jnp.exp(-other.log_std)
         return self.kl_cov(other) + 0.5 * jnp.sum(jnp.square(z), axis=-1)
+
+    def fisher_product(self, tangent: "DiagGaussian") -> "DiagGaussian":
+        """The Fisher information in (mean, log_std), diag(1/σ², 2), times a change of them; per batch entry."""
+        return DiagGaussian(tangent.mean * jnp.exp(-2 * self.log_std), 2 * tangent.log_std)
 
     def kl_mean(self, other: "DiagGaussian") -> jax.Array:
         """KL(N(μ, Σ) ‖ N(μ', Σ)), [*batch]: the cost of moving the mean, at the covariance of self (V-MPO's D_μ)."""
@@ -197,6 +207,11 @@ class TanhGaussian:
     def kl(self, other: "TanhGaussian") -> jax.Array:
         """KL(self ‖ other), [*batch]; that of the Gaussians inside, because both are mapped by the same bijection."""
         return self.base.kl(other.base)
+
+    def fisher_product(self, tangent: "TanhGaussian") -> "TanhGaussian":
+        """As :meth:`DiagGaussian.fisher_product`: a bijection of the actions changes no information."""
+        product = self.base.fisher_product(tangent.base)
+        return TanhGaussian(product.mean, product.log_std)
 
     def kl_mean(self, other: "TanhGaussian") -> jax.Array:
         """As :meth:`DiagGaussian.kl_mean`, [*batch]."""

@@ -39,6 +39,7 @@ class Setup:
     brax_exact: with boundary ``mask``, let masked samples enter normalisation and loss as Brax does.
     advantage_recompute: with which critic: the one at ``rollout``, at each ``epoch``, or at each ``minibatch`` (unrolls only).
     normalize_advantage: over the ``minibatch``, the ``batch``, or ``none``.
+    advantage_std: of the ``population`` (divide by N), or of the ``sample`` (by N - 1).
     value_loss: ``clipped`` (to value_clip_eps around the old value) or ``squared``; both carry the factor 1/2.
     learning_rate_schedule: ``linear`` to zero over the run, ``constant``, or ``adaptive_kl`` (towards desired_kl).
     optimizer: ``adam``; ``rmsprop`` (epsilon inside the root, accumulator from one), ``rmsprop_torch`` (outside, from zero).
@@ -48,7 +49,7 @@ class Setup:
     normalize_obs, normalize_value: running statistics, frozen within an iteration.
     reward_scaling: ``none``; ``batch``, ``per_step`` or ``purejaxrl`` accumulation of the discounted return's spread.
     distribution, action_map, torso, shared_torso, hidden_sizes, critic_hidden_sizes, activation, kernel_init,
-    policy_head_scale: see ``pgjax.networks`` and ``pgjax.action_maps``.
+    policy_head_scale, log_std_init: see ``pgjax.networks`` and ``pgjax.action_maps``.
     """
 
     num_envs: int = 8
@@ -61,6 +62,7 @@ class Setup:
     brax_exact: bool = False
     advantage_recompute: Literal["rollout", "epoch", "minibatch"] = "rollout"
     normalize_advantage: Literal["minibatch", "batch", "none"] = "minibatch"
+    advantage_std: Literal["population", "sample"] = "population"
     value_loss: Literal["clipped", "squared"] = "squared"
     learning_rate_schedule: Literal["linear", "constant", "adaptive_kl"] = "linear"
     optimizer: Literal["adam", "rmsprop", "rmsprop_torch"] = "adam"
@@ -78,6 +80,7 @@ class Setup:
     activation: str = "tanh"
     kernel_init: str = "orthogonal"
     policy_head_scale: float | None = 0.01
+    log_std_init: float = 0.0
 
 
 class Hypers(struct.PyTreeNode):
@@ -152,7 +155,7 @@ class State(struct.PyTreeNode):
 
 
 class Batch(struct.PyTreeNode):
-    """One iteration's samples, ``[T, B, ...]``, or a minibatch of them, ``[N, ...]`` or ``[T, B', ...]``.
+    """One iteration's samples, ``[T, B, ...]``, or a minibatch of them, ``[N, ...]``.
 
     obs, final_obs: normalised with the frozen statistics.  action: in the policy's own space, before the action map.
     reward: scaled.  value, next_value: of ``obs`` and ``final_obs``; with value normalisation in normalised units.
@@ -229,6 +232,7 @@ def make(
         activation=setup.activation,
         kernel_init=setup.kernel_init,
         policy_head_scale=setup.policy_head_scale,
+        log_std_init=setup.log_std_init,
         distribution=setup.distribution,
         torso=setup.torso,
         shared_torso=setup.shared_torso,
@@ -505,6 +509,8 @@ def as_hypers(hypers: Hypers, **changes) -> Hypers:
             fields[name] = np.asarray(value, np.float32)
         except (TypeError, ValueError):
             raise RequestError(f"hypers.{name} = {value!r} is not a number; give one") from None
+        if fields[name].ndim:
+            raise RequestError(f"hypers.{name} = {value!r} is not a single number; to sweep, vmap over stacked hypers")
         _check_hyper(name, fields[name])
     return type(hypers)(**fields)
 
@@ -515,24 +521,25 @@ _MAY_BE_INFINITE = ("max_grad_norm", "target_kl", "obs_clip", "reward_clip", "an
 
 
 def _check_hyper(name, value):
-    shown = value.item() if value.ndim == 0 else value.tolist()
-    if np.isnan(value).any():
+    shown = value.item()
+    if np.isnan(value):
         raise RequestError(f"hypers.{name} = {shown} is not a number; give a finite one")
-    if (value < 0).any():
+    if value < 0:
         raise RequestError(f"hypers.{name} = {shown} is negative; give a value >= 0")
-    if name in _AT_MOST_ONE and (value > 1).any():
+    if name in _AT_MOST_ONE and value > 1:
         raise RequestError(f"hypers.{name} = {shown} is above 1; give a value in [0, 1]")
-    if name in _BELOW_ONE and (value >= 1).any():
+    if name in _BELOW_ONE and value >= 1:
         raise RequestError(f"hypers.{name} = {shown} must be below 1; give a value in [0, 1)")
-    if name not in _MAY_BE_INFINITE and np.isinf(value).any():
+    if name not in _MAY_BE_INFINITE and np.isinf(value):
         raise RequestError(f"hypers.{name} = {shown} is infinite; give a finite value")
-    if name == "anneal_env_steps" and (value == 0).any():
+    if name == "anneal_env_steps" and value == 0:
         raise RequestError("hypers.anneal_env_steps = 0; give the number of environment steps the run will take")
 
 
 def validate(setup: Setup, env: Environment) -> None:
     """Raises RequestError for a setup that cannot run, naming the field, the value and the remedy."""
-    for name in ("num_envs", "num_steps", "num_epochs", "num_minibatches"):
+    counts = ("num_envs", "num_steps", "_epochs", "_minibatches", "_iterations")
+    for name in (field.name for field in dataclasses.fields(setup) if field.name.endswith(counts)):
         value = getattr(setup, name)
         if not isinstance(value, int) or value < 1:
             raise RequestError(f"setup.{name} = {value!r} must be a whole number >= 1")
@@ -541,14 +548,8 @@ def validate(setup: Setup, env: Environment) -> None:
         if get_origin(hint) is Literal and value not in get_args(hint):
             raise RequestError(f"setup.{name} = {value!r} is not one of {', '.join(get_args(hint))}")
     unrolls = setup.minibatch_by == "unroll"
-    parts, what = (setup.num_envs, "num_envs") if unrolls else (setup.num_envs * setup.num_steps, "num_envs * num_steps")
-    if parts % setup.num_minibatches:
-        near = [n for n in range(1, parts + 1) if parts % n == 0]
-        near = sorted(near, key=lambda n: abs(n - setup.num_minibatches))[:3]
-        raise RequestError(
-            f"setup.num_minibatches = {setup.num_minibatches} does not divide {what} = {parts}; "
-            f"try {', '.join(map(str, sorted(near)))}"
-        )
+    for name in (field.name for field in dataclasses.fields(setup) if field.name.endswith("_minibatches")):
+        _check_divides(name, getattr(setup, name), setup, unrolls)
     if setup.advantage_recompute == "minibatch" and not unrolls:
         raise RequestError(
             "setup.advantage_recompute = 'minibatch' needs time-contiguous samples; add setup.minibatch_by = 'unroll'"
@@ -559,6 +560,16 @@ def validate(setup: Setup, env: Environment) -> None:
         )
     if setup.boundary != "mask" and setup.brax_exact:
         raise RequestError(f"setup.brax_exact = True has no effect with boundary = {setup.boundary!r}; use boundary = 'mask'")
+
+
+def _check_divides(name: str, value: int, setup: Setup, unrolls: bool) -> None:
+    parts, what = (setup.num_envs, "num_envs") if unrolls else (setup.num_envs * setup.num_steps, "num_envs * num_steps")
+    if parts % value:
+        near = [n for n in range(1, parts + 1) if parts % n == 0]
+        near = sorted(near, key=lambda n: abs(n - value))[:3]
+        raise RequestError(
+            f"setup.{name} = {value} does not divide {what} = {parts}; try {', '.join(map(str, sorted(near)))}"
+        )
 
 
 def _env_params(env: Environment, env_params: PyTree) -> PyTree:

@@ -6,7 +6,7 @@ import json
 import math
 import signal
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -145,6 +145,54 @@ def run(
         return _Run(spec, store, report, algorithm, interrupt).execute()
 
 
+def schedule_of(spec: RunSpec, algorithm: Algorithm, extensions: Sequence[dict[str, Any]] = ()) -> training.Schedule:
+    """The schedule of a run whose budget was raised as ``RunStore.extensions`` tells."""
+    total = extensions[0]["from"] if extensions else spec.total_env_steps
+    schedule = training.make_schedule(algorithm, total, spec.log_every, spec.num_evals)
+    for extension in extensions:
+        done_rows = _rows_until(schedule, extension["at"])
+        schedule = training.extend_schedule(algorithm, schedule, extension["to"], done_rows, spec.log_every)
+    return schedule
+
+
+def _rows_until(schedule: training.Schedule, env_steps: int) -> int:
+    """The number of rows that ``env_steps`` of a lane fill."""
+    done = np.cumsum((0, *schedule.iterations)) * schedule.env_steps_per_iteration
+    return int(np.searchsorted(done, env_steps))
+
+
+def check_extension(
+    spec: RunSpec, algorithm: Algorithm, extensions: Sequence[dict[str, Any]], total_env_steps: int
+) -> training.Schedule:
+    """The schedule so far. Raises RequestError unless ``total_env_steps`` adds at least one iteration to it."""
+    schedule = schedule_of(spec, algorithm, extensions)
+    training.extend_schedule(algorithm, schedule, total_env_steps, len(schedule.iterations), spec.log_every)
+    return schedule
+
+
+def extend(store: RunStore, algorithm: Algorithm, total_env_steps: int) -> RunSpec:
+    """Raises the budget of the run in ``store``, finished or not, to ``total_env_steps``; ``run`` then goes on to there.
+
+    The schedules' horizon becomes the new total, unless ``hypers.anneal_env_steps`` was given. So a falling learning rate
+    jumps up where the run goes on, and the whole is not the run that would have been made with the larger budget from the
+    start. ``run.json`` records it, and from there on the run is resumed like any other.
+
+    Returns: the specification with the new total.
+    Raises: RequestError if the total adds nothing, or if states of lanes are gone because they were trained in groups.
+    """
+    spec = RunSpec.from_config(store.config)
+    schedule = check_extension(spec, algorithm, store.extensions, total_env_steps)
+    record = store.last_record()
+    row = record["row"] if record else 0
+    if record and record["group_size"] < len(spec.configs) * len(spec.seeds):
+        raise RequestError(
+            f"{store.path} cannot be extended: its lanes were trained in groups of {record['group_size']}, and only the "
+            "last group's state is kept; start anew with another --out"
+        )
+    store.extend(total_env_steps, sum(schedule.iterations[:row]) * schedule.env_steps_per_iteration)
+    return dataclasses.replace(spec, total_env_steps=total_env_steps)
+
+
 class _Interrupt:
     """Remembers that SIGINT or SIGTERM came, so that the run can end at a checkpoint; a second one ends it at once."""
 
@@ -175,7 +223,7 @@ class _Run:
     def __init__(self, spec, store, report, algorithm, interrupt):
         self.spec, self.store, self.algorithm, self.interrupt = spec, store, algorithm, interrupt
         self.report = lambda kind, **data: report(Event(kind, data))
-        self.schedule = training.make_schedule(algorithm, spec.total_env_steps, spec.log_every, spec.num_evals)
+        self.schedule = schedule_of(spec, algorithm, store.extensions)
         self.env_steps_after = (
             np.concatenate([[0], np.cumsum(self.schedule.iterations)]) * self.schedule.env_steps_per_iteration
         )
@@ -206,6 +254,12 @@ class _Run:
                 "seconds": {"compile": 0.0, "train": 0.0, "evaluate": 0.0, "save": 0.0},
             }
         )
+        if store.extensions and self.env_steps_after[self.record["row"]] < store.extensions[-1]["at"]:
+            self.report(
+                "note",
+                text=f"going on before {store.extensions[-1]['at']:,} env steps, where the run was extended: schedules run to "
+                f"{self.schedule.env_steps:,} from {self.env_steps_after[self.record['row']]:,} on",
+            )
         self.started = time.perf_counter()
 
     def _like(self, record):

@@ -154,6 +154,7 @@ class RunStore:
                 "config": to_json(dict(config), "config"),
                 "provenance": to_json({**describe_machine(), **(provenance or {})}, "provenance"),
                 "resumed": [],
+                "extensions": [],
                 "facts": {},
             }
             store._take_ownership()
@@ -250,6 +251,24 @@ class RunStore:
         self._run["facts"] |= to_json(facts, "facts")
         self._run["status"] = status
         self._write_run()
+
+    @property
+    def extensions(self) -> list[dict[str, Any]]:
+        """How often the run's budget was raised, in order: ``from`` and ``to``, totals, ``at``; all in env steps of a lane."""
+        return from_json(self._run.get("extensions", []))
+
+    def extend(self, total_env_steps: int, at: int) -> None:
+        """Raises the budget in the configuration, and records that it happened ``at`` this number of environment steps.
+
+        The run counts as running from here on. Raises RunError if the disk refuses.
+        """
+        config = self._run["config"]
+        entry = {"from": config["total_env_steps"], "to": total_env_steps, "at": at, "when": _now()}
+        self._run |= {
+            "config": {**config, "total_env_steps": total_env_steps},
+            "extensions": [*self._run.get("extensions", []), to_json(entry)],
+        }
+        self.set_status("running")
 
     # --- rows and checkpoints
 
@@ -397,7 +416,7 @@ class RunStore:
 
 
 def read_run(path: str | os.PathLike[str]) -> dict[str, Any]:
-    """What ``run.json`` says: status, created, updated, config, provenance, resumed, facts. Needs no lock.
+    """What ``run.json`` says: status, created, updated, config, provenance, resumed, extensions, facts. Needs no lock.
 
     A run whose process is gone without a word has the status ``interrupted``.
     Raises: RequestError if there is no run.

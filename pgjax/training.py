@@ -69,6 +69,30 @@ def make_schedule(algorithm: Algorithm, total_env_steps: int, log_every: int | N
     return Schedule(iterations, tuple(eval_rows), cost)
 
 
+def extend_schedule(
+    algorithm: Algorithm, schedule: Schedule, total_env_steps: int, done_rows: int, log_every: int | None = None
+) -> Schedule:
+    """``schedule`` with its first ``done_rows`` rows, then on to a larger budget, with rows and evaluations as dense as before.
+
+    Args: total_env_steps: the new budget of a lane, from the start.  log_every: iterations per row, None for those of row 0.
+    Raises: RequestError for a budget that adds no iteration, or is above 2**31 - 1.
+    """
+    whole = make_schedule(algorithm, total_env_steps, log_every, num_evals=0)
+    if whole.num_iterations <= schedule.num_iterations:
+        raise RequestError(f"total_env_steps = {total_env_steps} adds nothing to {schedule.env_steps}; give more")
+    kept = schedule.iterations[:done_rows]
+    full, rest = divmod(whole.num_iterations - sum(kept), log_every or schedule.iterations[0])
+    iterations = kept + (log_every or schedule.iterations[0],) * full + ((rest,) if rest else ())
+    eval_rows = [row for row in schedule.eval_rows if row <= done_rows]
+    if schedule.eval_rows:
+        start, rows = max(eval_rows, default=0), len(iterations)
+        spacing = schedule.num_iterations / len(schedule.eval_rows)
+        num_evals = max(1, round(sum(iterations[start:]) / spacing))
+        new_rows = {start + math.ceil((rows - start) * k / num_evals) for k in range(1, num_evals + 1)}
+        eval_rows += sorted(row for row in new_rows if row > done_rows)
+    return Schedule(iterations, tuple(eval_rows), schedule.env_steps_per_iteration)
+
+
 def lane_keys(key: jax.Array) -> tuple[jax.Array, jax.Array]:
     """``(key_train, key_evaluate)`` of a lane from its seed's key."""
     return jax.random.fold_in(key, _TRAIN), jax.random.fold_in(key, _EVALUATE)

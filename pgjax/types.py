@@ -73,6 +73,7 @@ class Sample(NamedTuple):
     advantage: [N], normalised if the method normalises it; no gradient flows through it.
     dist, dist_old: action distributions with batch shape [N], the new one and the one that acted.
     progress: scalar in [0, 1], env steps done over the horizon.
+    weight: [N], 1 for the samples that count and 0 for the rest, whose objective is ignored; None if all count.
     """
 
     log_ratio: jax.Array
@@ -80,6 +81,7 @@ class Sample(NamedTuple):
     dist: Any
     dist_old: Any
     progress: jax.Array
+    weight: Any = None
 
 
 class Objective(NamedTuple):

@@ -3,12 +3,13 @@
 ``loss = -mean(objective) + value_coef * value_loss - entropy_coef * entropy``, with the objective per sample, to be maximised.
 """
 
+import dataclasses
 from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 
-from pgjax.on_policy import Batch, Core, Hypers, Learner, with_values
+from pgjax.on_policy import Batch, Core, Hypers, Learner, gae_estimate, with_values
 from pgjax.optimizers import clip_gradient, descend
 from pgjax.types import Objective, PyTree, Sample
 
@@ -16,17 +17,23 @@ from pgjax.types import Objective, PyTree, Sample
 PolicyObjective = Callable[[Sample, Hypers, PyTree], jax.Array]
 
 
-def plug(objective, default: PolicyObjective) -> tuple[PolicyObjective, PyTree]:
+# ``(sample, hypers, extra) -> extra``: what a method learns besides, after a minibatch and from its forward pass.
+ExtraUpdate = Callable[[Sample, Hypers, PyTree], PyTree]
+
+
+def plug(objective, default: PolicyObjective, hypers: Hypers) -> tuple[PolicyObjective, Hypers]:
     """What a method maximises: ``default``, or the user's own objective in its place.
 
     Args: objective: None, an ``Objective``, or a bare ``f(log_ratio, advantage) -> [N]``.
-    Returns: the objective as the update calls it, and the parameters that belong into ``hypers.objective``.
+    Returns: the objective as the update calls it, and ``hypers`` with its parameters, unless they hold some already.
     """
     if objective is None:
-        return default, None
+        return default, hypers
     if isinstance(objective, Objective):
-        return lambda sample, hypers, extra: objective.fn(sample, hypers.objective), objective.params
-    return lambda sample, hypers, extra: objective(sample.log_ratio, sample.advantage), None
+        if hypers.objective is None:
+            hypers = hypers.replace(objective=objective.params)
+        return lambda sample, hypers, extra: objective.fn(sample, hypers.objective), hypers
+    return lambda sample, hypers, extra: objective(sample.log_ratio, sample.advantage), hypers
 
 
 def masked_mean(x: jax.Array, weight: jax.Array | None) -> jax.Array:
@@ -36,11 +43,15 @@ def masked_mean(x: jax.Array, weight: jax.Array | None) -> jax.Array:
     return jnp.where(weight > 0, x, 0.0).sum() / jnp.maximum(weight.sum(), 1)
 
 
-def normalize_advantage(batch: Batch) -> Batch:
-    """Advantages with mean 0 and population standard deviation 1 over the counted samples; the others become 0."""
+def normalize_advantage(setup, batch: Batch) -> Batch:
+    """Advantages with mean 0 and standard deviation 1 over the counted samples; the others become 0."""
     advantage, weight = batch.advantage, batch.weight
     centred = advantage - masked_mean(advantage, weight)
-    normalized = centred / (jnp.sqrt(masked_mean(centred**2, weight)) + 1e-8)
+    variance = masked_mean(centred**2, weight)
+    if setup.advantage_std == "sample":
+        count = advantage.size if weight is None else weight.sum()
+        variance = variance * count / jnp.maximum(count - 1, 1)
+    normalized = centred / (jnp.sqrt(variance) + 1e-8)
     return batch.replace(advantage=normalized if weight is None else jnp.where(weight > 0, normalized, 0.0))
 
 
@@ -54,22 +65,27 @@ def value_loss(setup, hypers: Hypers, value, value_old, value_target) -> jax.Arr
 
 
 def surrogate_loss(core: Core, objective: PolicyObjective, key, params, minibatch: Batch, extra, hypers, progress):
-    """The loss of one minibatch, to be minimised, and what it was made of.
+    """The loss of one minibatch, to be minimised, what it was made of, and the sample that the objective saw.
 
     ``key`` is for the sampled entropy of distributions that have no closed form.
     """
-    dist = core.networks.policy(params, minibatch.obs)
-    log_ratio = dist.log_prob(minibatch.action) - minibatch.log_prob_old
-    sample = Sample(log_ratio, minibatch.advantage, dist, minibatch.dist_old, progress)
-    weight = minibatch.weight
+    sample = sample_of(core, params, minibatch, progress)
+    log_ratio, weight = sample.log_ratio, sample.weight
     loss_policy = -masked_mean(objective(sample, hypers, extra), weight)
-    loss = loss_policy - hypers.entropy_coef * masked_mean(dist.entropy(key), weight)
+    loss = loss_policy - hypers.entropy_coef * masked_mean(sample.dist.entropy(key), weight)
     # E[ratio - 1 - log ratio], never negative: the sampled KL(old || new) with the least variance.
     parts = {"loss_policy": loss_policy, "kl_sampled": masked_mean(jnp.expm1(log_ratio) - log_ratio, weight)}
     if minibatch.value_target is not None:
         parts["loss_value"] = value_fit(core, params, minibatch, hypers)
         loss = loss + hypers.value_coef * parts["loss_value"]
-    return loss, (parts, dist)
+    return loss, (parts, sample)
+
+
+def sample_of(core: Core, params, minibatch: Batch, progress) -> Sample:
+    """What an objective sees of a minibatch [N] under the policy of ``params``."""
+    dist = core.networks.policy(params, minibatch.obs)
+    log_ratio = dist.log_prob(minibatch.action) - minibatch.log_prob_old
+    return Sample(log_ratio, minibatch.advantage, dist, minibatch.dist_old, progress, minibatch.weight)
 
 
 def value_fit(core: Core, params, minibatch: Batch, hypers) -> jax.Array:
@@ -98,17 +114,29 @@ def shuffled(setup, key: jax.Array, num_epochs: int) -> jax.Array:
 
 
 def pick(setup, samples: Batch, index: jax.Array) -> Batch:
-    """The minibatch of these indices."""
+    """The minibatch of these indices: [N] by transition, [T, B'] by unroll."""
     minibatch = jax.tree.map(lambda x: x[index], samples)
     if setup.minibatch_by == "unroll":
         minibatch = jax.tree.map(lambda x: x.swapaxes(0, 1), minibatch)
     return minibatch
 
 
-def minibatch_sgd(objective: PolicyObjective, estimate: Callable) -> Callable:
+def flat(setup, minibatch: Batch) -> Batch:
+    """The minibatch with one sample axis [N], however it was picked."""
+    if setup.minibatch_by == "transition":
+        return minibatch
+    return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), minibatch)
+
+
+def minibatch_sgd(
+    objective: PolicyObjective, estimate: Callable = gae_estimate, *, update_extra: ExtraUpdate | None = None
+) -> Callable:
     """Makes an ``update``: ``num_epochs`` passes over shuffled minibatches, one optimiser step each.
 
+    Without ``batch.value_target`` the critic is left as it is, its optimiser's momentum too.
+
     Args: objective: see ``PolicyObjective``. estimate: the method's advantage estimator, for recomputation.
+      update_extra: see ``ExtraUpdate``.
     """
 
     def update(core: Core, key, learner: Learner, batch: Batch, hypers: Hypers, progress):
@@ -123,35 +151,39 @@ def minibatch_sgd(objective: PolicyObjective, estimate: Callable) -> Callable:
 
         def minibatch_step(carry, step, samples):
             number, index = step
-            params, opt_state, lr_scale, active = carry
+            params, opt_state, extra, lr_scale, active = carry
             minibatch = pick(setup, samples, index)
             if setup.advantage_recompute == "minibatch":
                 minibatch = reestimate(params, minibatch)
+            minibatch = flat(setup, minibatch)
             if setup.normalize_advantage == "minibatch":
-                minibatch = normalize_advantage(minibatch)
+                minibatch = normalize_advantage(setup, minibatch)
 
             def loss(params):
                 # Folded in here, where it disappears from the program if the entropy has a closed form.
                 key = jax.random.fold_in(key_entropy, number)
-                return surrogate_loss(core, objective, key, params, minibatch, learner.extra, hypers, progress)
+                return surrogate_loss(core, objective, key, params, minibatch, extra, hypers, progress)
 
-            gradient, (parts, dist) = jax.grad(loss, has_aux=True)(params)
+            gradient, (parts, sample) = jax.grad(loss, has_aux=True)(params)
             kl = parts["kl_sampled"]
             if setup.early_stop == "minibatch":
                 active = active & ~(kl > hypers.target_kl)
             gradient, norm = clip_gradient(setup, hypers, gradient)
             if setup.learning_rate_schedule == "adaptive_kl":
                 # paper: none / authors' code: brax's PPO after RSL-RL, per minibatch and before its step / here: the same.
-                exact_kl = minibatch.dist_old.kl(dist).mean()
+                exact_kl = minibatch.dist_old.kl(sample.dist).mean()
                 factor = jnp.where(exact_kl > 2 * hypers.desired_kl, 1 / 1.5, 1.0)
                 factor = jnp.where((exact_kl > 0) & (exact_kl < hypers.desired_kl / 2), 1.5, factor)
                 # The floor under the divisor lets a learning rate of zero stay zero.
                 scaled = jnp.clip(learning_rate * lr_scale * factor, 1e-5, 1e-2) / jnp.maximum(learning_rate, 1e-30)
                 lr_scale = jnp.where(active, scaled, lr_scale)
             stepped = descend(setup, hypers, params, opt_state, gradient, learning_rate * lr_scale)
+            if batch.value_target is None:
+                stepped = tuple(new._replace(critic=old.critic) for new, old in zip(stepped, (params, opt_state), strict=True))
+            stepped = (*stepped, update_extra(sample, hypers, extra) if update_extra else extra)
             if setup.early_stop != "off":
                 # A masked step of fixed length: under vmap a loop that ends early would wait for the slowest lane.
-                stepped = jax.tree.map(lambda new, old: jnp.where(active, new, old), stepped, (params, opt_state))
+                stepped = jax.tree.map(lambda new, old: jnp.where(active, new, old), stepped, (params, opt_state, extra))
             out = {**parts, "grad_norm": norm, "taken": active.astype(jnp.float32)}
             if setup.early_stop == "epoch":
                 last = (number + 1) % setup.num_minibatches == 0
@@ -163,21 +195,21 @@ def minibatch_sgd(objective: PolicyObjective, estimate: Callable) -> Callable:
             if setup.advantage_recompute == "epoch":
                 data = reestimate(carry[0], batch)
             if setup.normalize_advantage == "batch":
-                data = normalize_advantage(data)
+                data = normalize_advantage(setup, data)
             samples = samples_of(setup, data)
             return jax.lax.scan(lambda carry, step: minibatch_step(carry, step, samples), carry, steps)
 
         key_permute, key_entropy = jax.random.split(key)
         indices = shuffled(setup, key_permute, setup.num_epochs)
         steps = (jnp.arange(setup.num_epochs * setup.num_minibatches), indices)
-        carry = (params, learner.opt_state, learner.lr_scale, jnp.ones((), bool))
+        carry = (params, learner.opt_state, learner.extra, learner.lr_scale, jnp.ones((), bool))
         if setup.advantage_recompute == "epoch":
             steps = jax.tree.map(lambda x: x.reshape(setup.num_epochs, setup.num_minibatches, *x.shape[1:]), steps)
             carry, out = jax.lax.scan(run_steps, carry, steps)
         else:
             carry, out = run_steps(carry, steps)
-        params, opt_state, lr_scale, _ = carry
-        learner = learner.replace(params=params, opt_state=opt_state, lr_scale=lr_scale)
+        params, opt_state, extra, lr_scale, _ = carry
+        learner = learner.replace(params=params, opt_state=opt_state, extra=extra, lr_scale=lr_scale)
         taken = out.pop("taken")
         weight = taken / jnp.maximum(taken.sum(), 1)
         out = {name: (value * weight).sum() for name, value in out.items()}
@@ -189,24 +221,41 @@ def minibatch_sgd(objective: PolicyObjective, estimate: Callable) -> Callable:
     return update
 
 
-def fit_value(core: Core, key, learner: Learner, batch: Batch, hypers: Hypers, progress, *, num_epochs: int) -> Learner:
-    """Gradient steps on the critic alone: ``num_epochs`` passes over shuffled minibatches of the batch."""
-    setup = core.setup
+def fit_value(
+    core: Core,
+    key,
+    learner: Learner,
+    batch: Batch,
+    hypers: Hypers,
+    progress,
+    *,
+    num_epochs: int,
+    num_minibatches: int,
+    clip: bool = True,
+) -> tuple[Learner, dict[str, jax.Array]]:
+    """Gradient steps on the critic alone: ``num_epochs`` passes over shuffled minibatches of the batch.
+
+    ``clip``: whether the gradient is clipped as ``setup`` says, or not at all.
+    Returns: the learner, and the mean ``loss_value`` over the steps.
+    """
+    setup = dataclasses.replace(core.setup, num_minibatches=num_minibatches)
     rate = scheduled_learning_rate(setup, hypers, progress) * learner.lr_scale
 
     def minibatch_step(carry, index):
         params, opt_state = carry
-        minibatch = pick(setup, samples, index)
-        gradient = jax.grad(lambda params: hypers.value_coef * value_fit(core, params, minibatch, hypers))(params)
-        gradient, _ = clip_gradient(setup, hypers, gradient)
+        minibatch = flat(setup, pick(setup, samples, index))
+        loss, gradient = jax.value_and_grad(lambda params: value_fit(core, params, minibatch, hypers))(params)
+        gradient = jax.tree.map(lambda g: hypers.value_coef * g, gradient)
+        if clip:
+            gradient, _ = clip_gradient(setup, hypers, gradient)
         new_params, new_opt_state = descend(setup, hypers, params, opt_state, gradient, rate)
         # The actor's gradient is zero here, yet Adam would still move it by its momentum.
-        return (params._replace(critic=new_params.critic), opt_state._replace(critic=new_opt_state.critic)), None
+        return (params._replace(critic=new_params.critic), opt_state._replace(critic=new_opt_state.critic)), loss
 
     samples = samples_of(setup, batch)
     indices = shuffled(setup, key, num_epochs)
-    (params, opt_state), _ = jax.lax.scan(minibatch_step, (learner.params, learner.opt_state), indices)
-    return learner.replace(params=params, opt_state=opt_state)
+    (params, opt_state), loss = jax.lax.scan(minibatch_step, (learner.params, learner.opt_state), indices)
+    return learner.replace(params=params, opt_state=opt_state), {"loss_value": loss.mean()}
 
 
 def scheduled_learning_rate(setup, hypers: Hypers, progress) -> jax.Array:
