@@ -134,7 +134,7 @@ def fix_up(core, learner, feasible, batch, hypers, rate, due=True):
     setup = core.setup
 
     def spread(x):
-        # Neighbours in time and environment go to different minibatches.
+        # Neighbouring environments go to different minibatches.
         x = x.reshape(-1, setup.fixup_minibatches, *x.shape[2:])
         return x.swapaxes(0, 1)
 

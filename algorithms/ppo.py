@@ -12,6 +12,9 @@ import jax.numpy as jnp
 from pgjax import on_policy
 from pgjax.updates import minibatch_sgd, plug
 
+# Settings that belong to the method, which a comparison at shared settings leaves to it.
+DEFINING = ()
+
 
 @dataclasses.dataclass(frozen=True)
 class Setup(on_policy.Setup):

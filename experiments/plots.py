@@ -22,6 +22,8 @@ _COLORS = (
 _DASHES = ("-", (0, (5, 1.5)), (0, (1.5, 1)))
 # Points of a curve of a noisy column: each is the mean over its part of the run.
 _SMOOTH_POINTS = 40
+# An update that moves nothing must not stretch the logarithmic axis over decades that hold nothing else.
+_LEAST_KL = 1e-8
 
 
 def plot_runs(paths: Sequence[Path], out: Path | None = None, metrics: Sequence[str] = ()) -> Path:
@@ -89,12 +91,11 @@ def plot_comparison(runs: Sequence[LoadedRun], microseconds: Sequence[float], ti
         style = {"label": name, "color": _COLORS[index % len(_COLORS)], "linestyle": _DASHES[index % len(_DASHES)]}
         for _, rows, episodes in _curves(run):
             _draw(returns, *_returns(rows, episodes), **style)
-            _draw(divergence, *_in_parts(*_by_seed(rows, "env_steps", "kl")), **style)
+            env_steps, kl = _in_parts(*_by_seed(rows, "env_steps", "kl"))
+            _draw(divergence, env_steps, np.maximum(kl, _LEAST_KL), **style)
     returns.set(title="evaluation of the mode policy", ylabel="return (IQM over seeds, 95 % interval)")
     divergence.set(title="how far an update moves the policy", ylabel="KL(old || new) per update, nats")
-    divergence.set_yscale("log", nonpositive="mask")
-    # An update that moves nothing must not stretch the axis over decades that hold nothing else.
-    divergence.set_ylim(bottom=max(divergence.get_ylim()[0], 1e-7))
+    divergence.set_yscale("log")
     for axis in (returns, divergence):
         _over_env_steps(axis)
     handles, labels = returns.get_legend_handles_labels()

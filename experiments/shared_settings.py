@@ -81,9 +81,9 @@ def settle(
 
 
 def _row(part, name, common, settings, modules, use_presets, everyone) -> SettingRow:
+    """The row of one field; ``common`` holds the values meant for all, ``everyone`` says whether all should have it."""
     held = {algorithm: s.values[part][name] for algorithm, s in settings.items() if name in s.values[part]}
-    is_shared = name in common
-    value = common.get(name)
+    is_shared, value = name in common, common.get(name)
     if not is_shared and everyone and len(held) == len(settings) and len(set(held.values())) == 1:
         is_shared, value = True, next(iter(held.values()))
     others = {}
@@ -92,16 +92,15 @@ def _row(part, name, common, settings, modules, use_presets, everyone) -> Settin
             if everyone:
                 others[algorithm] = (None, MISSING)
         elif not is_shared or held[algorithm] != value:
-            others[algorithm] = (held[algorithm], _why(name, settings[algorithm], module, use_presets, everyone, is_shared))
+            if name in defining(module) and (is_shared or not use_presets):
+                why = DEFINES
+            elif not use_presets:
+                why = OWN
+            else:
+                is_default = held[algorithm] == default_fields(module)[part][name]
+                why = DEFAULT if is_default else f"preset {settings[algorithm].preset}"
+            others[algorithm] = (held[algorithm], why)
     return SettingRow(f"{part}.{name}", is_shared, value, others)
-
-
-def _why(name, settings: Settings, module, use_presets, everyone, is_shared) -> str:
-    if name in defining(module) and (is_shared or not use_presets):
-        return DEFINES
-    if use_presets:
-        return f"preset {settings.preset}" if settings.preset else DEFAULT
-    return DEFINES if everyone else OWN
 
 
 def _overlaid(values: Fields, new: Fields, keep: tuple[str, ...]) -> Fields:
@@ -175,7 +174,8 @@ def _unknown(part: str, name: str, fields: dict[str, Fields]) -> str:
     (other,) = (p for p in PARTS if p != part)
     if any(name in f[other] for f in fields.values()):
         return f"--{part} {name} is a field of {other}; use --{other} {name}=..."
-    return f"--{part} {name}: none of {', '.join(fields)} has it; {close_names(name, {n for f in fields.values() for n in f[part]})}"
+    known = {field for f in fields.values() for field in f[part]}
+    return f"--{part} {name}: none of {', '.join(fields)} has it; {close_names(name, known)}"
 
 
 def read_value(text: str, hint: Any) -> Any:
@@ -225,4 +225,6 @@ def show(value: Any) -> str:
     """A value as in a table."""
     if isinstance(value, (tuple, list)):
         return ",".join(map(str, value))
-    return f"{value:g}" if isinstance(value, float) else str(value).lower() if value is None or value is True or value is False else str(value)
+    if value is None or isinstance(value, bool):
+        return str(value).lower()
+    return f"{value:g}" if isinstance(value, float) else str(value)

@@ -34,6 +34,7 @@ _PUBLIC = {
     "from_brax": "pgjax.envs.brax",
     "change_params": "pgjax.envs.params",
     "check_env": "pgjax.env_checks",
+    "check_drift": "pgjax.mirror_learning",
     "make": "pgjax.algorithms",
     "make_train": "pgjax.training",
     "evaluate": "pgjax.evaluation",

@@ -309,14 +309,14 @@ def _differences(given, default) -> dict:
     return {name: value for name, value in pairs if value != getattr(default, name)}
 
 
-def _pairs(flag: str, words: list[str]) -> dict[str, Any]:
-    """``["k=v"]`` to ``{"k": v}``, with numbers, booleans and None recognised."""
+def _pairs(flag: str, words: list[str], read: Callable[[str], Any] | None = None) -> dict[str, Any]:
+    """``["k=v"]`` to ``{"k": v}``, with numbers, booleans and None recognised unless ``read`` says how."""
     pairs = {}
     for word in words:
         key, equals, value = word.partition("=")
         if not equals or not key:
             raise RequestError(f"{flag} {word!r} must be K=V")
-        pairs[key] = _value(value)
+        pairs[key] = (read or _value)(value)
     return pairs
 
 
@@ -348,6 +348,100 @@ def _load_objective(source: str | None):
     if name not in found:
         raise RequestError(f"--objective {source!r}: {file} defines no {name}")
     return found[name]
+
+
+# --- compare
+
+
+@dataclasses.dataclass
+class CompareArgs:
+    """Train several algorithms on one environment, for equally long and with equal settings, and compare them."""
+
+    env: str
+    """Environment, such as gymnax/CartPole-v1; see pgjax list envs."""
+    algorithms: list[str] = dataclasses.field(default_factory=list)
+    """Names of pgjax list algorithms, or all; all if not given."""
+    seeds: int = 8
+    """Number of seeds of each algorithm."""
+    seed_start: int = 0
+    """The first seed."""
+    total_env_steps: int | None = None
+    """Environment steps of each lane; those of PPO's preset for the environment if not given, or else 500000."""
+    presets: bool = False
+    """Each algorithm with its own preset for the environment, or else its defaults, in place of shared settings."""
+    out: Path | None = None
+    """Folder of the comparison; runs/compare-ENV if not given."""
+    resume: bool = False
+    """Go on with the comparison in --out; the other options may then be left out."""
+    env_option: list[str] = dataclasses.field(default_factory=list)
+    """K=V, an argument of the environment, such as backend=spring; may be repeated."""
+    env_param: list[str] = dataclasses.field(default_factory=list)
+    """K=V, a physical parameter of the environment, such as gravity=9.0; may be repeated."""
+    setup: list[str] = dataclasses.field(default_factory=list)
+    """K=V, a field of Setup for every algorithm that has it and does not define it itself; may be repeated."""
+    hypers: list[str] = dataclasses.field(default_factory=list)
+    """K=V, a number of Hypers, likewise."""
+    num_evals: int = 10
+    """Evaluations during each run."""
+    eval_episodes: int | None = None
+    """Episodes per evaluation and policy; 64 on gymnax, 16 elsewhere if not given."""
+    devices: int | None = None
+    """Devices to spread the lanes over; all if not given. On a CPU a device is a core."""
+
+
+def _compare(argv: list[str]) -> int:
+    import tyro
+
+    from pgjax import lanes
+
+    words = argv
+    # `--algorithms a b` stands for `--algorithms a --algorithms b`, so that lists may be written either way.
+    argv = _repeated(argv, ("--algorithms", "--env-option", "--env-param", "--setup", "--hypers"))
+    out, args = _peek(argv, "--out"), None
+    if not ("--resume" in argv and out is not None and _peek(argv, "--env") is None):
+        args = _parse(CompareArgs, argv, "pgjax compare", config=(tyro.conf.UseAppendAction,))
+        out = args.out or Path("runs") / f"compare-{args.env.replace('/', '-')}"
+    else:
+        extra = [word for word in argv if word.startswith("--") and word.split("=")[0] not in ("--resume", "--out")]
+        if extra:
+            raise RequestError(f"{extra[0]} cannot be changed by --resume; give --env too to compare the whole request")
+    lanes.use_host_devices()
+    lanes.use_compilation_cache()
+    from pgjax.experiments.compare import Request, compare
+
+    request = None
+    if args is not None:
+        request = Request(
+            env=args.env,
+            algorithms=tuple(args.algorithms),
+            seeds=args.seeds,
+            seed_start=args.seed_start,
+            total_env_steps=args.total_env_steps,
+            presets=args.presets,
+            env_options=_pairs("--env-option", args.env_option),
+            env_params=_pairs("--env-param", args.env_param),
+            setup=_pairs("--setup", args.setup, str),
+            hypers=_pairs("--hypers", args.hypers, str),
+            num_evals=args.num_evals,
+            eval_episodes=args.eval_episodes,
+            devices=args.devices,
+        )
+    resume = args is None or args.resume
+    finished = compare(request, Path(out), resume=resume, command=shlex.join(["pgjax", "compare", *words]))
+    return 0 if finished else _EXIT_FAILED
+
+
+def _repeated(argv: list[str], flags: tuple[str, ...]) -> list[str]:
+    """``[flag, a, b]`` as ``[flag, a, flag, b]`` for these flags."""
+    written, flag = [], None
+    for word in argv:
+        if word.startswith("--"):
+            flag = word if word in flags else None
+            written.append(word)
+        else:
+            # A flag that already has a word is written once more.
+            written += [flag, word] if flag is not None and written[-1] != flag else [word]
+    return written
 
 
 # --- eval, plot, list, doctor, bench
@@ -489,6 +583,7 @@ def _bench(argv: list[str]) -> int:
 
 COMMANDS: dict[str, tuple[Callable[[list[str]], int], str]] = {
     "train": (_train, "train an algorithm on an environment, for one or many seeds"),
+    "compare": (_compare, "train several algorithms alike and compare them"),
     "eval": (_eval, "evaluate the saved policies of a run"),
     "plot": (_plot, "draw learning curves of runs"),
     "list": (_list, "list envs, algorithms or presets"),

@@ -54,9 +54,12 @@ class Display:
         seeds = f"{len(spec.seeds)} seed{'s' if len(spec.seeds) > 1 else ''}"
         self._print(f"{spec.algorithm} on {spec.env}: {what}{seeds}, {env_steps:,} env steps each{preset}{resumed} -> {path}")
 
-    def _compiled(self, seconds, bytes, devices, lanes):
+    def _compiled(self, seconds, bytes, peak_bytes, devices, lanes):
         over = f"{lanes} lanes on {devices} device{'s' if devices > 1 else ''}"
-        self._print(f"compiled in {seconds:.1f} s for {over}, about {bytes / 2**20:,.0f} MiB")
+        memory = f"{bytes / 2**20:,.0f} MiB of device memory"
+        if peak_bytes is not None:
+            memory = f"{peak_bytes / 2**20:,.0f} MiB of memory in all"
+        self._print(f"compiled in {seconds:.1f} s for {over}; it will take about {memory}")
 
     def _rows(self, rows, env_steps, seconds):
         self._trained += seconds

@@ -1,6 +1,8 @@
 """Lanes: many training runs as one program, spread over the devices, within the memory there is."""
 
 import os
+import resource
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -126,26 +128,73 @@ def program_bytes(compiled, num_devices: int) -> int:
     return int((held - analysis.alias_size_in_bytes) * num_devices)
 
 
+# What a run on a CPU takes besides its training program as XLA accounts for it: programs for evaluation and saving, copies of
+# the state on their way to the host, and what XLA leaves out. Fitted to resident memory, docs/benchmarks.md has the table.
+_CPU_FIXED_BYTES, _CPU_FACTOR = 128 << 20, 1.4
+
+
+def run_bytes(program_bytes: int, device: Device) -> int:
+    """Memory that a run takes from the moment its training program, of ``program_bytes``, is compiled; in bytes."""
+    if device.platform != "cpu":
+        return program_bytes
+    return int(_CPU_FIXED_BYTES + _CPU_FACTOR * program_bytes)
+
+
+def lanes_that_fit(num_lanes: int, program_bytes: int, device: Device, available: int) -> int:
+    """How many lanes can run in ``available`` bytes if the program of ``num_lanes`` holds ``program_bytes``; may be 0."""
+    fixed = run_bytes(0, device)
+    per_lane = (run_bytes(program_bytes, device) - fixed) / num_lanes
+    return max(0, min(num_lanes, int((available - fixed) / max(per_lane, 1))))
+
+
+def peak_bytes(growth: int) -> int:
+    """Peak resident memory of this process, in bytes, if it grows by so much from here: at least what it had so far."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    pages = _read("/proc/self/statm").split()
+    resident = int(pages[1]) * resource.getpagesize() if pages else peak
+    return max(peak, resident + growth)
+
+
 def available_bytes(device: Device) -> int:
     """Memory a run may take: on a CPU 70 % of what the machine or its cgroup has left, else what the device reports."""
     if device.platform != "cpu":
         stats = device.memory_stats() or {}
         return int(0.9 * (stats.get("bytes_limit", 2**63) - stats.get("bytes_in_use", 0)))
-    free = []
+    free = cgroup_free_bytes()
     for line in _read("/proc/meminfo").splitlines():
         if line.startswith("MemAvailable:"):
             free.append(int(line.split()[1]) * 1024)
-    for limit, used in (
-        ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current"),
-        ("/sys/fs/cgroup/memory/memory.limit_in_bytes", "/sys/fs/cgroup/memory/memory.usage_in_bytes"),
-    ):
-        limit, used = _read(limit).strip(), _read(used).strip()
-        if limit.isdigit() and used.isdigit():
-            free.append(int(limit) - int(used))
-    return int(0.7 * min(free)) if free else 2**63
+    return int(0.7 * max(0, min(free))) if free else 2**63
 
 
-def _read(path: str) -> str:
+def cgroup_free_bytes(root: str | Path = "/sys/fs/cgroup", membership: str | Path = "/proc/self/cgroup") -> list[int]:
+    """Bytes below the limit of this process's control group and of each one above it that has a limit; none, no limit.
+
+    Files that the kernel keeps in memory but would drop at need count as free, as they do in MemAvailable.
+    Args: root: where control groups are mounted, of version 1 or 2.  membership: file that names this process's groups.
+    """
+    free = []
+    # Inside a container the path may be one of the host's, which is not there: the mount itself is then the group.
+    for line in _read(membership).splitlines() or ["0::/", "1:memory:/"]:
+        number, kinds, path = line.split(":", 2)
+        if number == "0" and not kinds:
+            mount, limit, used, droppable = Path(root), "memory.max", "memory.current", "inactive_file"
+        elif "memory" in kinds.split(","):
+            mount, droppable = Path(root) / "memory", "total_inactive_file"
+            limit, used = "memory.limit_in_bytes", "memory.usage_in_bytes"
+        else:
+            continue
+        names = [name for name in path.split("/") if name not in ("", "..")]
+        for depth in range(len(names), -1, -1):
+            folder = mount.joinpath(*names[:depth])
+            numbers = [_read(folder / name).strip() for name in (limit, used)]
+            if all(number.isdigit() for number in numbers):
+                stat = dict(line.split(maxsplit=1) for line in _read(folder / "memory.stat").splitlines())
+                free.append(int(numbers[0]) - int(numbers[1]) + int(stat.get(droppable, 0)))
+    return free
+
+
+def _read(path: str | Path) -> str:
     try:
         return Path(path).read_text()
     except OSError:

@@ -98,7 +98,8 @@ def columns(rows: Row, metrics: dict) -> dict[str, jax.Array]:
 def mean_over_lanes(rows: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
     """Reduces ``[L, ...]`` columns over lanes, on the host; lanes that went non-finite are left out.
 
-    Episode columns weigh by the number of episodes and ignore NaN; extremes take the extreme; the rest is the mean.
+    Episode columns weigh by the number of episodes and ignore NaN; extremes take the extreme; the rest is the mean. Where no
+    lane is left, all but ``env_steps``, ``episodes`` and ``nonfinite`` are NaN.
     """
     keep = np.asarray(rows["nonfinite"]) == 0 if "nonfinite" in rows else np.ones_like(rows["env_steps"], bool)
     reduced = {}
@@ -113,10 +114,12 @@ def mean_over_lanes(rows: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
                     reduced[name] = value.max(0)
                 case "sum":
                     reduced[name] = np.where(keep, value, 0).sum(0)
+                case "max" if name == "nonfinite":
+                    reduced[name] = value.max(0)
                 case "max":
-                    reduced[name] = value.max(0) if name == "nonfinite" else np.where(keep, value, -np.inf).max(0)
+                    reduced[name] = np.where(keep.any(0), np.where(keep, value, -np.inf).max(0), np.nan)
                 case "min":
-                    reduced[name] = np.where(keep, value, np.inf).min(0)
+                    reduced[name] = np.where(keep.any(0), np.where(keep, value, np.inf).min(0), np.nan)
                 case _:
                     reduced[name] = np.where(keep, value, 0).sum(0) / keep.sum(0)
     return reduced

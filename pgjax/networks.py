@@ -54,6 +54,24 @@ class Networks(NamedTuple):
     value: Callable[[ActorCritic, jax.Array], jax.Array]
 
 
+class Conv3x3(nn.Module):
+    """[..., H, W, C] -> [..., H - 2, W - 2, features], the convolution that ``nn.Conv`` computes without padding.
+
+    As one matrix product over patches: with lanes in front the gradient of XLA's own convolution takes a CPU a hundred
+    times as long as the rest of the network.
+    """
+
+    features: int
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        height, width, channels = x.shape[-3:]
+        kernel = self.param("kernel", nn.initializers.lecun_normal(), (3, 3, channels, self.features), jnp.float32)
+        bias = self.param("bias", nn.initializers.zeros, (self.features,), jnp.float32)
+        shifted = [x[..., i : i + height - 2, j : j + width - 2, :] for i in range(3) for j in range(3)]
+        return jnp.concatenate(shifted, axis=-1) @ kernel.reshape(-1, self.features) + bias
+
+
 class Torso(nn.Module):
     """obs [..., *O] -> features [..., F]: a 3x3 convolution if asked for, then dense layers, each with activation."""
 
@@ -66,7 +84,7 @@ class Torso(nn.Module):
     def __call__(self, obs: jax.Array) -> jax.Array:
         x = obs
         if self.convolution:
-            x = self.activation(nn.Conv(16, (3, 3), padding="VALID")(x))
+            x = self.activation(Conv3x3(16)(x))
         x = x.reshape(*obs.shape[: obs.ndim - self.obs_rank], math.prod(x.shape[obs.ndim - self.obs_rank :]))
         for size in self.hidden_sizes:
             x = self.activation(nn.Dense(size)(x))
@@ -95,6 +113,16 @@ class PolicyHead(nn.Module):
         return (TanhGaussian if self.distribution.startswith("tanh") else DiagGaussian)(mean, log_std)
 
 
+@jax.custom_batching.sequential_vmap
+def _qr(matrix: jax.Array):
+    """The QR decomposition, under vmap one matrix after the other.
+
+    On a CPU a batched LAPACK call waits on the thread pool that it runs on, so as many of them at once as there are
+    threads, in one program or in several, wait for ever (jaxlib 0.10.2, seen in its stacks).
+    """
+    return tuple(jnp.linalg.qr(matrix))
+
+
 def _draw_kernels(key: jax.Array, shapes: list[tuple[int, ...]], name: str) -> list[jax.Array]:
     """Kernels [..., F_in, F_out] of the given shapes: orthogonal, or of variance 1 / fan-in; consumes ``key``.
 
@@ -114,7 +142,7 @@ def _draw_kernels(key: jax.Array, shapes: list[tuple[int, ...]], name: str) -> l
         if name != "orthogonal":
             return piece.reshape(shape) / math.sqrt(fan_in)
         matrix = piece.reshape(max(fan_in, fan_out), min(fan_in, fan_out))
-        q, upper = jnp.linalg.qr(matrix)
+        q, upper = _qr(matrix)
         q = q * jnp.sign(jnp.diagonal(upper))[None]  # without the signs q is not uniformly distributed
         return (q if fan_in >= fan_out else q.T).reshape(shape)
 

@@ -306,16 +306,18 @@ class _Run:
         if self.record["group_size"]:
             return _Group(self, self.record["group_size"])
         group = _Group(self, len(self.lanes))
-        available = lanes_.available_bytes(group.spread.devices[0])
+        device, num_devices = group.spread.devices[0], len(group.spread.devices)
+        available = lanes_.available_bytes(device)
         if group.bytes <= available:
             self.record["group_size"] = len(self.lanes)
             return group
-        num_devices = len(group.spread.devices)
-        size = int(len(self.lanes) * available / group.bytes) // num_devices * num_devices
+        size = lanes_.lanes_that_fit(len(self.lanes), group.program_bytes, device, available) // num_devices * num_devices
         if size < 1:
+            one = lanes_.run_bytes(group.program_bytes * num_devices // group.spread.num_padded, device)
+            what = "one lane needs" if num_devices == 1 else f"{num_devices} lanes, one on each device, need"
             raise RunError(
-                f"one lane needs about {group.bytes / len(self.lanes) / 2**20:.0f} MiB and {available / 2**20:.0f} MiB are "
-                "free; lower setup.num_envs or setup.num_steps"
+                f"{what} about {one / 2**20:.0f} MiB and {available / 2**20:.0f} MiB are free; "
+                "lower setup.num_envs or setup.num_steps"
             )
         self.record["group_size"] = size
         count = math.ceil(len(self.lanes) / size)
@@ -355,12 +357,14 @@ class _Group:
             self.chunk = chunk.compile()
             self.init = compiling.result()
         self._evaluate = {}
-        self.bytes = lanes_.program_bytes(self.chunk, len(devices))
+        self.program_bytes = lanes_.program_bytes(self.chunk, len(devices))
+        self.bytes = lanes_.run_bytes(self.program_bytes, devices[0])
         self.run.record["seconds"]["compile"] += time.perf_counter() - started
         run.report(
             "compiled",
             seconds=time.perf_counter() - started,
             bytes=self.bytes,
+            peak_bytes=lanes_.peak_bytes(self.bytes) if on_cpu(devices) else None,
             devices=len(devices),
             lanes=len(self.lanes),
         )

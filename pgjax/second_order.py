@@ -26,7 +26,9 @@ def fisher_operator(
     Source: Schulman et al. 2015, arXiv 1502.05477, appendix C.
     """
     if form == "gauss_newton":
-        dist, push = jax.linearize(dist_of, params)
+        # The precision of a product is settled where it is traced: that of J here, that of its transpose below.
+        with jax.default_matmul_precision("highest"):
+            dist, push = jax.linearize(dist_of, params)
         pull = jax.linear_transpose(push, params)
         num = jax.eval_shape(lambda dist: dist.kl(dist), dist).size
 
@@ -37,7 +39,8 @@ def fisher_operator(
 
         return product
     if form == "double_backprop":
-        dist_old = jax.lax.stop_gradient(dist_of(params))
+        with jax.default_matmul_precision("highest"):
+            dist_old = jax.lax.stop_gradient(dist_of(params))
         gradient = jax.grad(lambda params: dist_old.kl(dist_of(params)).mean())
 
         def product(v):

@@ -189,9 +189,9 @@ class RunStore:
                 given = to_json(dict(config), "config")
                 for name, there, here in _differences(run["config"], given):
                     if name not in may_differ:
+                        ways = "use the same value, " + ("or --extend, " if name == "total_env_steps" else "")
                         raise RequestError(
-                            f"--resume: {name} is {there} in {path} and {here} in this request; "
-                            f"use the same value, or choose another --out"
+                            f"--resume: {name} is {there} in {path} and {here} in this request; {ways}or choose another --out"
                         )
                     entry.setdefault("changed", {})[name] = [there, here]
                 run["config"] = given

@@ -79,10 +79,13 @@ def extend_schedule(
     """
     whole = make_schedule(algorithm, total_env_steps, log_every, num_evals=0)
     if whole.num_iterations <= schedule.num_iterations:
-        raise RequestError(f"total_env_steps = {total_env_steps} adds nothing to {schedule.env_steps}; give more")
+        raise RequestError(
+            f"total_env_steps = {total_env_steps} adds nothing: the run goes to {schedule.env_steps} already; give more"
+        )
     kept = schedule.iterations[:done_rows]
-    full, rest = divmod(whole.num_iterations - sum(kept), log_every or schedule.iterations[0])
-    iterations = kept + (log_every or schedule.iterations[0],) * full + ((rest,) if rest else ())
+    log_every = log_every or schedule.iterations[0]
+    full, rest = divmod(whole.num_iterations - sum(kept), log_every)
+    iterations = kept + (log_every,) * full + ((rest,) if rest else ())
     eval_rows = [row for row in schedule.eval_rows if row <= done_rows]
     if schedule.eval_rows:
         start, rows = max(eval_rows, default=0), len(iterations)

@@ -1,5 +1,6 @@
 """The command line: what a wrong request is answered with, and what the commands print."""
 
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -98,9 +99,39 @@ def test_a_folder_with_another_run_is_refused_and_kept(capsys, finished):
     assert (finished / "run.json").read_bytes() == before
 
 
-def test_a_damaged_checkpoint_is_passed_over_or_refused(capsys, finished, tmp_path):
-    import shutil
+def test_extending_a_finished_run(capsys, finished, tmp_path):
+    folder = tmp_path / "extended"
+    shutil.copytree(finished, folder)
+    before = (folder / "run.json").read_bytes()
+    for wrong, words in (
+        (["ppo", "--extend", "2000"], ["total_env_steps = 2000", "2048 already"]),
+        (["ppo", "--extend", "1000"], ["total_env_steps = 1000", "give more"]),
+        (["ppo", "--extend", "4000", "--hypers.gamma", "0.5"], ["--hypers.gamma", "--extend"]),
+        (["ppo", "--extend", "4000", "--env", "gymnax/CartPole-v1"], ["--env", "--extend"]),
+        (["ppo", "--extend", "many"], ["--extend", "many"]),
+        (["ppo", "--extend"], ["--extend"]),
+        (["a2c", "--extend", "4000"], ["ppo", "a2c"]),
+    ):
+        code, said = answer(capsys, ["train", *wrong[:1], "--out", str(folder), *wrong[1:]])
+        assert code == 2 and all(word in said for word in words), said
+    code, said = answer(capsys, ["train", "ppo", "--extend", "4000"])
+    assert code == 2 and "--out" in said
+    options = ["--seeds", "2", "--total-env-steps", "4000", "--num-evals", "2", "--eval-episodes", "2"]
+    code, said = answer(capsys, [*CARTPOLE, *options, "--out", str(folder), "--resume"])
+    assert code == 2 and "--extend" in said
+    assert (folder / "run.json").read_bytes() == before
 
+    assert cli._main(["train", "ppo", "--out", str(folder), "--extend", "4000"]) == 0
+    assert "extended at 2,048 env steps, from 2,000 to 4,000: schedules run to the new total" in capsys.readouterr().out
+    run = pgjax.load(folder)
+    assert run.status == "finished" and run.config["total_env_steps"] == 4000
+    assert run.metrics.env_steps.max() == 4096 and sorted(run.evaluations.env_steps.unique()) == [1024, 2048, 3072, 4096]
+    # It is an ordinary run of 4000 steps now: asking for just that goes on with it.
+    assert cli._main([*CARTPOLE, *options, "--out", str(folder), "--resume"]) == 0
+    assert "finished already" in capsys.readouterr().out
+
+
+def test_a_damaged_checkpoint_is_passed_over_or_refused(capsys, finished, tmp_path):
     from pgjax import checkpoints
     from pgjax.store import RunStore
 

@@ -21,7 +21,17 @@ TABLE = {
     "reinforce": dict(normalize_value=True, tail="bootstrap", value_steps=2),
     "a2c": dict(optimizer="rmsprop", reward_scaling="per_step"),
     "ppo": dict(num_epochs=2, num_minibatches=2, distribution="tanh_gaussian", learning_rate_schedule="adaptive_kl"),
+    "ppo_kl": dict(num_epochs=2, num_minibatches=2, kl_direction="reverse"),
+    "trpo": dict(value_epochs=2, value_minibatches=2, distribution="tanh_gaussian_state"),
+    "vmpo": dict(num_epochs=2, num_minibatches=2, distribution="gaussian_state"),
+    "mdpo": dict(num_epochs=2, value_epochs=2, value_minibatches=2, tsallis_index=1.5),
+    "spo": dict(num_epochs=2, num_minibatches=2, minibatch_by="unroll", advantage_std="sample"),
+    "fixpo": dict(num_epochs=2, num_minibatches=2, fixup_minibatches=2),
+    "dpo": dict(num_epochs=2, num_minibatches=2, minibatch_by="unroll", advantage_recompute="minibatch"),
 }
+# What a method takes in place of these fields of other tests, where it has no such thing.
+NO_SUCH = {"trpo": ("num_epochs", "num_minibatches"), "mdpo": ("num_minibatches",)}
+PARTS = ("value_minibatches", "fixup_minibatches")
 TINY = dict(num_envs=4, num_steps=4, hidden_sizes=(4,), normalize_obs=True)
 COMMON_METRICS = """env_steps episodes episode_return episode_length loss_policy loss_value entropy kl kl_max ratio_min
     ratio_max clip_fraction explained_variance grad_norm ess nonfinite""".split()
@@ -105,7 +115,9 @@ def test_parts_of_an_algorithm(built):
     for leaf in jax.tree.leaves(algorithm.hypers):
         assert leaf.dtype == np.float32 and not getattr(leaf, "weak_type", False)
     module = get(algorithm.name)
-    assert module.__doc__.startswith(("REINFORCE", "A2C", "PPO")), "the first line names the method"
+    assert module.__doc__.upper().replace("-", "_").startswith(algorithm.name.upper()), "the first line names the method"
+    fields = {*type(algorithm.setup).__dataclass_fields__, *type(algorithm.hypers).__dataclass_fields__}
+    assert fields.issuperset(module.DEFINING), "what defines a method is among its settings"
     assert type(module.Setup()) is type(algorithm.setup) and type(module.Hypers()) is type(algorithm.hypers)
 
 
@@ -263,6 +275,12 @@ def plugged(sample, params):
     return gain - params["kl_coef"] * kl - params["far_coef"] * sample.log_ratio**2
 
 
+def plug_for(name):
+    """``PLUG`` for an algorithm, with the parts that it cuts batches into besides."""
+    own = {part: 2 for part in PARTS if part in get(name).Setup.__dataclass_fields__}
+    return {key: value for key, value in PLUG.items() if key not in NO_SUCH.get(name, ())} | own
+
+
 @pytest.mark.parametrize("name", TABLE)
 def test_every_algorithm_takes_an_objective_of_either_form(name):
     calls = []
@@ -277,7 +295,7 @@ def test_every_algorithm_takes_an_objective_of_either_form(name):
 
     params = {"kl_coef": 1, "far_coef": 0.05}
     for objective in (bare, pgjax.Objective(with_parameters, params)):
-        algorithm = make(name, ENV, objective=objective, **PLUG)
+        algorithm = make(name, ENV, objective=objective, **plug_for(name))
         state = jax.eval_shape(algorithm.init, jax.random.key(0), algorithm.hypers)
         jax.eval_shape(algorithm.step, state, algorithm.hypers)
         assert calls and all(calls)

@@ -393,14 +393,14 @@ def test_normalised_advantages_have_mean_0_and_deviation_1_over_the_counted_samp
     advantage, weight = 3 + 5 * rng.normal(size=50), (rng.random(50) < 0.6).astype(float)
     batch = SimpleNamespace(advantage=jnp.asarray(advantage), replace=lambda **fields: fields["advantage"])
     batch.weight = None
-    everyone = np.asarray(updates.normalize_advantage(batch))
+    everyone = np.asarray(updates.normalize_advantage(on_policy.Setup(), batch))
     assert abs(everyone.mean()) < 1e-12 and abs(everyone.std() - 1) < 1e-7
     batch.weight = jnp.asarray(weight)
-    some = np.asarray(updates.normalize_advantage(batch))
+    some = np.asarray(updates.normalize_advantage(on_policy.Setup(), batch))
     assert abs(some[weight > 0].mean()) < 1e-12 and abs(some[weight > 0].std() - 1) < 1e-7
     assert (some[weight == 0] == 0).all()
     batch.weight = jnp.zeros(50)
-    assert np.isfinite(updates.normalize_advantage(batch)).all()
+    assert np.isfinite(updates.normalize_advantage(on_policy.Setup(), batch)).all()
 
 
 # ---- REINFORCE ------------------------------------------------------------------------------------------------------

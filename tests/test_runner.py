@@ -1,5 +1,6 @@
 """The host loop: resuming bit for bit, frozen lanes, groups, evaluation; on tiny problems, so that it stays quick."""
 
+import dataclasses
 import os
 import signal
 import subprocess
@@ -17,6 +18,7 @@ import pgjax
 from pgjax import checkpoints, lanes, runner, training
 from pgjax.algorithms import ppo
 from pgjax.errors import RequestError
+from pgjax.store import read_run
 from tests.probe_envs import Probe
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -106,6 +108,81 @@ def test_a_run_killed_again_and_again_ends_in_the_same_bits(tmp_path, algorithm,
     assert_same_bits(final_state(tmp_path / "whole", algorithm, 3), final_state(tmp_path / "killed", algorithm, 3))
 
 
+def extend_in(path, total, algorithm, report=lambda event: None):
+    with pgjax.RunStore.open(path) as store:
+        spec = runner.extend(store, algorithm, total)
+        return pgjax.run(spec, store, report, algorithm=algorithm)
+
+
+@pytest.fixture(scope="module")
+def constant():
+    """PPO whose learning rate does not fall, so that the horizon matters to nothing."""
+    return ppo.make(Probe("responding"), dataclasses.replace(SETUP, learning_rate_schedule="constant"))
+
+
+def test_a_run_that_is_extended_again_and_again_equals_one_long_run(tmp_path, constant, monkeypatch):
+    run_in(tmp_path / "long", spec_of(total_env_steps=32 * 24, num_evals=6), constant)
+    # Killed at its first checkpoint, extended, finished, extended; then killed in the extension and resumed.
+    path = tmp_path / "extended"
+    monkeypatch.setattr(runner, "CHECKPOINT_SECONDS", 0.0)
+    monkeypatch.setattr(runner, "CHECKPOINT_SHARE", 1e9)
+    monkeypatch.setattr(runner, "CHUNK_SECONDS", 1e-9)
+
+    def kill_after(saves):
+        seen = 0
+
+        def report(event):
+            nonlocal seen
+            seen += event.kind == "saved"
+            if seen == saves:
+                raise Killed
+
+        return report
+
+    with pytest.raises(Killed):
+        run_in(path, spec_of(total_env_steps=32 * 8, num_evals=2), constant, kill_after(2))
+    assert extend_in(path, 32 * 12, constant).env_steps == 32 * 12
+    with pytest.raises(Killed):
+        extend_in(path, 32 * 24 - 5, constant, kill_after(3))
+    assert pgjax.load(path).status == "interrupted"
+    run = read_run(path)
+    assert [(e["from"], e["to"], e["at"]) for e in run["extensions"]] == [(256, 384, 64), (384, 763, 384)]
+    assert run["config"]["total_env_steps"] == 763
+    assert run_in(path, pgjax.RunSpec.from_config(run["config"]), constant).status == "finished"
+    for long, extended in zip(content(tmp_path / "long"), content(path), strict=True):
+        pd.testing.assert_frame_equal(long, extended, check_exact=True)
+    assert_same_bits(final_state(tmp_path / "long", constant, 3), final_state(path, constant, 3))
+
+
+def test_an_extension_raises_the_horizon_from_there_on(tmp_path, algorithm):
+    run_in(tmp_path, spec_of(log_every=3), algorithm)
+    assert extend_in(tmp_path, 32 * 20, algorithm).status == "finished"
+    metrics, evaluations = content(tmp_path)
+    rate = metrics[metrics.seed == 0].learning_rate / algorithm.hypers.learning_rate
+    start = np.array([0, 3, 6, 9, 12, 15, 18])
+    share = [np.mean([1 - k / (12 if k < 12 else 20) for k in range(s, min(s + 3, 20))]) for s in start]
+    np.testing.assert_allclose(rate, share, rtol=1e-5)
+    assert sorted(evaluations.env_steps.unique()) == [32 * k for k in (6, 9, 12, 18, 20)]
+
+
+def test_extensions_that_cannot_be_are_refused(tmp_path, algorithm, monkeypatch):
+    run_in(tmp_path / "run", spec_of(), algorithm)
+    before = read_run(tmp_path / "run")
+    for total in (1, 32 * 11, 32 * 12 - 7, 32 * 12):
+        with pytest.raises(RequestError, match="goes to 384 already"):
+            extend_in(tmp_path / "run", total, algorithm)
+    with pytest.raises(RequestError, match="int32"):
+        extend_in(tmp_path / "run", 2**31, algorithm)
+    after = read_run(tmp_path / "run")
+    assert after["extensions"] == [] and after["config"] == before["config"] and after["status"] == "finished"
+    monkeypatch.setattr(lanes, "_CPU_FIXED_BYTES", 0)
+    monkeypatch.setattr(lanes, "program_bytes", lambda *args: 3 << 20)
+    monkeypatch.setattr(lanes, "available_bytes", lambda device: 2 << 20)
+    run_in(tmp_path / "groups", spec_of(), algorithm)
+    with pytest.raises(RequestError, match="in groups of"):
+        extend_in(tmp_path / "groups", 32 * 24, algorithm)
+
+
 def test_lanes_equal_single_runs_and_new_numbers_compile_nothing(tmp_path):
     traces = 0
     base = ppo.make(Probe("responding"), SETUP)
@@ -157,6 +234,7 @@ def test_a_lane_that_goes_nonfinite_is_frozen_named_and_alone(tmp_path, algorith
 
 
 def test_too_many_lanes_for_the_memory_are_trained_in_groups(tmp_path, algorithm, monkeypatch):
+    monkeypatch.setattr(lanes, "_CPU_FIXED_BYTES", 0)
     spec = spec_of(seeds=tuple(range(5)))
     run_in(tmp_path / "whole", spec, algorithm)
     notes, sizes = [], []

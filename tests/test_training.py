@@ -1,6 +1,7 @@
 """Whole runs: schedules, rows, chunks, evaluation, and the reduction of what is reported."""
 
 import dataclasses
+import warnings
 from types import SimpleNamespace
 
 import jax
@@ -190,6 +191,34 @@ def test_lanes_are_averaged_without_the_non_finite_ones():
     assert set(reduced) == set(expected)
     for name, value in expected.items():
         np.testing.assert_allclose(reduced[name], value, err_msg=name)
+
+
+def test_where_every_lane_is_non_finite_the_average_is_nan():
+    nan = np.nan
+    rows = {
+        "env_steps": np.array([[10, 20], [10, 20]]),
+        "nonfinite": np.array([[0, 1], [0, 1]]),
+        "episodes": np.array([[1.0, 2.0], [3.0, 4.0]]),
+        "episode_return": np.array([[8.0, 1.0], [4.0, 5.0]]),
+        "loss": np.array([[1.0, np.inf], [3.0, 2.0]]),
+        "kl_max": np.array([[1.0, np.inf], [3.0, 2.0]]),
+        "ratio_min": np.array([[1.0, -np.inf], [3.0, 2.0]]),
+    }
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        reduced = metrics.mean_over_lanes(rows)
+    expected = {
+        "env_steps": [10, 20],
+        "nonfinite": [0, 1],
+        "episodes": [4, 0],
+        "episode_return": [5, nan],
+        "loss": [2, nan],
+        "kl_max": [3, nan],
+        "ratio_min": [1, nan],
+    }
+    assert set(reduced) == set(expected)
+    for name, value in expected.items():
+        np.testing.assert_array_equal(reduced[name], value, err_msg=name)
 
 
 # ---- make_train -----------------------------------------------------------------------------------------------------
