@@ -16,9 +16,10 @@ import textwrap
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
+import pandas as pd
 
 import pgjax
 from pgjax import algorithms
@@ -450,7 +451,7 @@ def mean_kl(run: LoadedRun, seeds: Sequence[int]) -> float:
     """KL(old || new) in nats, mean over the updates of ``seeds``; a row counts as the updates behind it. NaN without seeds."""
     kl = []
     for seed in seeds:
-        rows = run.metrics[run.metrics.seed == seed].sort_values("iteration")
+        rows = cast(pd.DataFrame, run.metrics[run.metrics.seed == seed]).sort_values("iteration")
         kl.append(np.average(rows.kl, weights=np.diff(rows.iteration, prepend=0)))
     return float(np.mean(kl)) if kl else math.nan
 
@@ -510,7 +511,7 @@ def result_cells(results: Sequence[Result]) -> list[tuple[str, ...]]:
             f"{len(r.seeds)} of {len(r.seeds) + len(r.frozen)}" if r.frozen else f"{len(r.seeds)}",
             f"{r.env_steps:,}",
             f"{r.kl:.2e}",
-            f"{r.microseconds:.3g}",
+            f"{r.microseconds:#.3g}",
             "" if r.ratio is None else f"{r.ratio:.2f}",
             f"{r.compile_seconds:.1f}",
             f"{r.evaluate_seconds:.1f}",

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import numpy as np
 import pandas as pd
@@ -19,7 +19,7 @@ _COLORS = (
     *("#882255", "#999933", "#332288", "#888888", "#AA4466"),
 )
 # Neighbours in the order of curves differ in their dashes too.
-_DASHES = ("-", (0, (5, 1.5)), (0, (1.5, 1)))
+_DASHES = ("-", (0, (5, 1.5)), (0, (1.5, 1)), (0, (5, 1.2, 1.2, 1.2)))
 # Points of a curve of a noisy column: each is the mean over its part of the run.
 _SMOOTH_POINTS = 40
 # An update that moves nothing must not stretch the logarithmic axis over decades that hold nothing else.
@@ -60,7 +60,7 @@ def plot_runs(paths: Sequence[Path], out: Path | None = None, metrics: Sequence[
         axes[0][column].set_title(env)
         curves = [curve for run in runs if run.config["env"] == env for curve in _curves(run)]
         for index, (label, lanes, episodes) in enumerate(curves):
-            style = {"label": label, "color": _COLORS[index % len(_COLORS)]}
+            style: dict[str, Any] = {"label": label, "color": _COLORS[index % len(_COLORS)]}
             _draw(axes[0][column], *_returns(lanes, episodes), **style)
             for row, name in enumerate(metrics, 1):
                 _draw(axes[row][column], *_by_seed(lanes, "env_steps", name), **style)
@@ -88,7 +88,12 @@ def plot_comparison(runs: Sequence[LoadedRun], microseconds: Sequence[float], ti
     returns, divergence, clock = axes
     names = [run.config["algorithm"] for run in runs]
     for index, (name, run) in enumerate(zip(names, runs, strict=True)):
-        style = {"label": name, "color": _COLORS[index % len(_COLORS)], "linestyle": _DASHES[index % len(_DASHES)]}
+        style: dict[str, Any] = {
+            "label": name,
+            "color": _COLORS[index % len(_COLORS)],
+            "linestyle": _DASHES[index % len(_DASHES)],
+            "opacity": 0.18 if len(runs) <= 5 else 0.1,  # many bands over one another hide the lines
+        }
         for _, rows, episodes in _curves(run):
             _draw(returns, *_returns(rows, episodes), **style)
             env_steps, kl = _in_parts(*_by_seed(rows, "env_steps", "kl"))
@@ -108,7 +113,7 @@ def plot_comparison(runs: Sequence[LoadedRun], microseconds: Sequence[float], ti
 
 def _draw_bars(axis, names: Sequence[str], microseconds: Sequence[float]) -> None:
     bars = axis.barh(names, microseconds, color=[_COLORS[index % len(_COLORS)] for index in range(len(names))])
-    axis.bar_label(bars, fmt="%.3g", padding=3, fontsize=9)
+    axis.bar_label(bars, fmt="%#.3g", padding=3, fontsize=9)
     axis.invert_yaxis()
     axis.margins(x=0.18)
     axis.set(title="training time", xlabel="microseconds per environment step")
@@ -120,8 +125,8 @@ def _draw_bars(axis, names: Sequence[str], microseconds: Sequence[float]) -> Non
 def finite_seeds(run: LoadedRun, config: int = 0) -> list[int]:
     """Seeds of a configuration whose updates all stayed finite, ascending: those that enter statistics."""
     rows = cast(pd.DataFrame, run.metrics[run.metrics.config == config])
-    frozen = rows.groupby("seed")["nonfinite"].max()
-    return sorted(int(seed) for seed in frozen[frozen == 0].index)
+    frozen = rows.groupby("seed")["nonfinite"].max().to_dict()
+    return sorted(seed for seed, is_frozen in frozen.items() if not is_frozen)
 
 
 def _pyplot():
@@ -186,7 +191,7 @@ def _in_parts(x: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return x[[part[-1] for part in parts]], np.stack([y[:, part].mean(1) for part in parts], axis=1)
 
 
-def _draw(axis, x, y, label, color, linestyle="-"):
+def _draw(axis, x, y, label, color, linestyle="-", opacity=0.18):
     known = ~np.isnan(y).any(0)
     x, y = x[known], y[:, known]
     if not x.size:
@@ -195,4 +200,4 @@ def _draw(axis, x, y, label, color, linestyle="-"):
     axis.plot(x, iqm(y), color=color, label=label, lw=1.8, ls=linestyle, marker=marker, ms=3)
     if len(y) > 1:
         low, high = iqm_interval(y)
-        axis.fill_between(x, low, high, color=color, alpha=0.18, lw=0)
+        axis.fill_between(x, low, high, color=color, alpha=opacity, lw=0)

@@ -69,7 +69,7 @@ class Conv3x3(nn.Module):
         kernel = self.param("kernel", nn.initializers.lecun_normal(), (3, 3, channels, self.features), jnp.float32)
         bias = self.param("bias", nn.initializers.zeros, (self.features,), jnp.float32)
         shifted = [x[..., i : i + height - 2, j : j + width - 2, :] for i in range(3) for j in range(3)]
-        return jnp.concatenate(shifted, axis=-1) @ kernel.reshape(-1, self.features) + bias
+        return jnp.concatenate(shifted, axis=-1) @ kernel.reshape(-1, self.features) + bias.reshape((1,) * (x.ndim - 1) + (-1,))
 
 
 class Torso(nn.Module):
@@ -113,14 +113,28 @@ class PolicyHead(nn.Module):
         return (TanhGaussian if self.distribution.startswith("tanh") else DiagGaussian)(mean, log_std)
 
 
-@jax.custom_batching.sequential_vmap
-def _qr(matrix: jax.Array):
-    """The QR decomposition, under vmap one matrix after the other.
+def _orthonormal(matrices: list[jax.Array]) -> list[jax.Array]:
+    """The orthonormal columns that Gram and Schmidt make of those of each matrix [m, n], m >= n.
 
-    On a CPU a batched LAPACK call waits on the thread pool that it runs on, so as many of them at once as there are
-    threads, in one program or in several, wait for ever (jaxlib 0.10.2, seen in its stacks).
+    They are the Q of the QR decomposition whose R has a positive diagonal, which is uniformly distributed if the matrix is
+    normal. Not LAPACK's: on a CPU a batched call of it waits on the thread pool that it runs on, so as many at once as
+    there are threads, one for each kernel, wait for ever (jaxlib 0.10.2, seen in its stacks). All matrices go through one
+    loop, filled up with zeros, for every loop more costs time to compile.
     """
-    return tuple(jnp.linalg.qr(matrix))
+    rows, columns = (max(matrix.shape[axis] for matrix in matrices) for axis in (0, 1))
+    stack = jnp.stack([jnp.pad(x.T, ((0, columns - x.shape[1]), (0, rows - x.shape[0]))) for x in matrices])
+
+    def column(j, q):
+        v = stack[:, j]
+        for _ in range(2):  # the second time takes away what rounding left of the first
+            along = jnp.einsum("knm,km->kn", q, v)
+            v = v - jnp.einsum("knm,kn->km", q, along)
+        norm = jnp.linalg.norm(v, axis=1, keepdims=True)
+        return q.at[:, j].set(v / jnp.where(norm > 0, norm, 1))
+
+    with jax.default_matmul_precision("highest"):
+        q = jax.lax.fori_loop(0, columns, column, jnp.zeros_like(stack))
+    return [q[i, : x.shape[1], : x.shape[0]].T for i, x in enumerate(matrices)]
 
 
 def _draw_kernels(key: jax.Array, shapes: list[tuple[int, ...]], name: str) -> list[jax.Array]:
@@ -137,16 +151,14 @@ def _draw_kernels(key: jax.Array, shapes: list[tuple[int, ...]], name: str) -> l
     sizes = [math.prod(shape) for shape in shapes]
     pieces = jnp.split(draw(key, (sum(sizes),), jnp.float32), np.cumsum(sizes)[:-1])
 
-    def kernel(piece, shape):
-        fan_in, fan_out = math.prod(shape[:-1]), shape[-1]
-        if name != "orthogonal":
-            return piece.reshape(shape) / math.sqrt(fan_in)
-        matrix = piece.reshape(max(fan_in, fan_out), min(fan_in, fan_out))
-        q, upper = _qr(matrix)
-        q = q * jnp.sign(jnp.diagonal(upper))[None]  # without the signs q is not uniformly distributed
-        return (q if fan_in >= fan_out else q.T).reshape(shape)
-
-    return [kernel(piece, shape) for piece, shape in zip(pieces, shapes, strict=True)]
+    if name != "orthogonal":
+        return [x.reshape(shape) / math.sqrt(math.prod(shape[:-1])) for x, shape in zip(pieces, shapes, strict=True)]
+    fans = [(math.prod(shape[:-1]), shape[-1]) for shape in shapes]
+    # A wide kernel has orthonormal rows, made as the columns of a tall one.
+    tall = _orthonormal([x.reshape(max(fan), min(fan)) for x, fan in zip(pieces, fans, strict=True)])
+    return [
+        (q if fan[0] >= fan[1] else q.T).reshape(shape) for q, fan, shape in zip(tall, fans, shapes, strict=True)
+    ]
 
 
 def _choose(field: str, value: str, known) -> None:

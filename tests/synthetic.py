@@ -46,11 +46,14 @@ def shipped(module, hypers=(), spaces=SPACES, plugs=(), **setup) -> Shipped:
         return make(*args, update=update, **kwargs)
 
     setup = module.Setup(**{**dict(num_envs=B, num_steps=T, hidden_sizes=()), **setup})
+    hypers = module.Hypers(**dict(hypers))
     with mock.patch.object(on_policy, "make", take):
-        algorithm = module.make(spaces, setup, module.Hypers(**dict(hypers)), **dict(plugs))
+        algorithm = module.make(spaces, setup, hypers, **dict(plugs))
+    # Not the algorithm's own, which were rounded to float32.
+    hypers = jax.tree.map(np.float64, hypers.replace(objective=algorithm.hypers.objective))
     core, update = algorithm.core, taken["update"]
     run = jax.jit(lambda learner, batch, hypers: update(core, jax.random.key(7), learner, batch, hypers, 0.0))
-    return Shipped(core, update, jax.tree.map(np.float64, algorithm.hypers), run)
+    return Shipped(core, update, hypers, run)
 
 
 def random_policy(seed=0):
@@ -116,6 +119,37 @@ def score(policy, obs, action):
     return z / np.exp(log_std), z**2 - 1
 
 
+def surrogate_gradient(policy, obs, action, advantage, log_prob_old) -> np.ndarray:
+    """Gradient [P] of the mean over samples [N] of ratio times advantage."""
+    weight = (np.exp(log_prob(policy, obs, action) - log_prob_old) * advantage / len(obs))[:, None]
+    return pull_back(obs, *(weight * slope for slope in score(policy, obs, action)))
+
+
+def kl_gradient(policy, dist_old, obs, reverse=False) -> np.ndarray:
+    """Gradient [P] in ``policy`` of the mean over samples [N] of KL(old || policy), or of KL(policy || old)."""
+    mean, log_std = distribution(policy, obs)
+    mean_old, log_std_old = dist_old
+    if reverse:
+        to_mean = (mean - mean_old) / np.exp(2 * log_std_old)
+        to_log_std = np.exp(2 * (log_std - log_std_old)) - 1
+    else:
+        to_mean = (mean - mean_old) / np.exp(2 * log_std)
+        to_log_std = 1 - (np.exp(2 * log_std_old) + (mean - mean_old) ** 2) / np.exp(2 * log_std)
+    return pull_back(obs, to_mean / len(obs), to_log_std / len(obs))
+
+
+def samples(batch):
+    """``(obs, action, advantage, log_prob_old, (mean_old, log_std_old))`` with one axis [N]."""
+    arrays = batch.obs.reshape(N, O), batch.action.reshape(N, A), batch.advantage.ravel(), batch.log_prob_old.ravel()
+    return *arrays, (batch.dist_old.mean.reshape(N, A), batch.dist_old.log_std.reshape(N, A))
+
+
+def part(arrays, index):
+    """The same of some of the samples."""
+    *plain, dist_old = arrays
+    return *(x[index] for x in plain), tuple(x[index] for x in dist_old)
+
+
 def fisher(policy, obs) -> np.ndarray:
     """The mean Fisher information [P, P]: for each action, features times features over the variance; 2 for a log std."""
     features = np.concatenate([obs.reshape(-1, O), np.ones((obs.size // O, 1))], 1)
@@ -128,7 +162,7 @@ def fisher(policy, obs) -> np.ndarray:
     return np.block([[dense.reshape(size, size), np.zeros((size, A))], [np.zeros((A, size)), 2 * np.eye(A)]])
 
 
-def random_batch(policy, seed=2) -> on_policy.Batch:
+def random_batch(policy, seed=9) -> on_policy.Batch:
     """Samples [T, B] that ``policy`` has drawn, with advantages and value targets at random."""
     rng = np.random.default_rng(seed)
     obs, final_obs = rng.normal(size=(2, T, B, O))
@@ -163,3 +197,45 @@ class Adam:
         self.square = self.b2 * self.square + (1 - self.b2) * gradient**2
         mean, square = self.mean / (1 - self.b1**self.count), self.square / (1 - self.b2**self.count)
         return mean / (np.sqrt(square) + self.eps)
+
+
+# ---- Networks with hidden layers ------------------------------------------------------------------------------------
+
+
+def network_output(core, actor, obs):
+    """The policy's distribution ``logits [..., A]`` or ``(mean, log_std)`` in NumPy, by layers of tanh."""
+    tree = core.unravel(ActorCritic(actor, None)).actor
+    x = np.asarray(obs, np.float64)
+    layers = tree["torso"].get("params", {})
+    for name in sorted(layers):
+        x = np.tanh(x @ np.float64(layers[name]["kernel"]) + np.float64(layers[name]["bias"]))
+    head = tree["head"]["params"]
+    x = x @ np.float64(head["Dense_0"]["kernel"]) + np.float64(head["Dense_0"]["bias"])
+    return (x, np.broadcast_to(np.float64(head["log_std"]), x.shape)) if "log_std" in head else x
+
+
+def judge(core, actor, batch):
+    """``(log ratio, KL(old || new))`` of every sample of a batch that a categorical or Gaussian policy has drawn, in float64."""
+    new = network_output(core, actor, batch.obs)
+    action = np.asarray(batch.action)
+    if isinstance(new, tuple):
+        old = np.float64(batch.dist_old.mean), np.float64(batch.dist_old.log_std)
+        z = (action - new[0]) / np.exp(new[1])
+        log_prob_new = (-0.5 * z**2 - new[1] - 0.5 * np.log(2 * np.pi)).sum(-1)
+        return log_prob_new - np.float64(batch.log_prob_old), kl(old, new, None)
+    log_p, log_q = (x - np.log(np.exp(x).sum(-1, keepdims=True)) for x in (np.float64(batch.dist_old.logits), new))
+    log_ratio = np.take_along_axis(log_q, action[..., None], -1)[..., 0] - np.float64(batch.log_prob_old)
+    return log_ratio, (np.exp(log_p) * (log_p - log_q)).sum(-1)
+
+
+def step_and_batch(algorithm):
+    """``(state, hypers) -> (state, metrics, batch)``: the algorithm's step and the batch that it is taken on."""
+
+    @jax.jit
+    def step(state, hypers):
+        keys = jax.random.split(state.key, 6)[3:]
+        _, batch, *_ = on_policy.collect(algorithm.core, keys, state, hypers)
+        batch = on_policy.gae_estimate(algorithm.core, hypers, state.learner, batch)
+        return *algorithm.step(state, hypers), batch
+
+    return step

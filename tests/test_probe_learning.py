@@ -76,7 +76,19 @@ def test_probes_are_what_their_table_says(continuous):
 
 SETUP = dict(num_envs=16, num_steps=10, hidden_sizes=(8,))
 HYPERS = dict(gamma=GAMMA, learning_rate=0.01, entropy_coef=0.0)
-ITERATIONS = {"reinforce": 400, "a2c": 400, "ppo": 150}
+# id -> iterations, and fields of Setup that have to fit the small batch
+RUNS = {
+    "reinforce": (400, {}),
+    "a2c": (400, {}),
+    "ppo": (150, {}),
+    "ppo_kl": (150, {}),
+    "trpo": (100, {"value_minibatches": 4}),
+    "vmpo": (200, {}),
+    "mdpo": (100, {"value_minibatches": 4}),
+    "spo": (100, {}),
+    "fixpo": (100, {"num_envs": 16, "num_steps": 10, "num_minibatches": 4, "fixup_minibatches": 2, "normalize_value": False}),
+    "dpo": (150, {}),
+}
 
 
 def trained(name, env, probes, iterations, **setup):
@@ -100,7 +112,8 @@ def trained(name, env, probes, iterations, **setup):
 @pytest.fixture(scope="module", params=[(n, c) for n in list_algorithms() for c in (False, True)], ids=str)
 def answers(request):
     name, continuous = request.param
-    return continuous, trained(name, AnyProbe(continuous=continuous), NAMES, ITERATIONS[name])
+    iterations, setup = RUNS[name]
+    return continuous, trained(name, AnyProbe(continuous=continuous), NAMES, iterations, **setup)
 
 
 @pytest.mark.parametrize("probe", VALUE_PROBES)

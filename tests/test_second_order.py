@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.extend.core import jaxprs_in_params
 from jax.flatten_util import ravel_pytree
 
 from pgjax import second_order
@@ -41,40 +42,24 @@ def actions_and_probabilities(dist):
 
 
 class Net:
-    """A policy with fewer than 50 parameters on NUM states in a batch of two axes, some way from its initial values."""
+    """A policy with fewer than 50 parameters on NUM states, some way from its initial values."""
 
-    def __init__(self, kind):
+    def __init__(self, kind, dtype=np.float64):
         space = Discrete(3) if kind == "categorical" else Box((2,))
         networks = make_networks(Box((2,)), space, hidden_sizes=(3,), distribution=kind)
+        shapes = jax.eval_shape(networks.init, jax.random.key(0)).actor
+        params, unravel = ravel_pytree(jax.tree.map(lambda x: np.zeros(x.shape, dtype), shapes))
         rng = np.random.default_rng(KINDS.index(kind))
-        tree = networks.init(jax.random.key(0)).actor
-        params, self._unravel = ravel_pytree(tree)
-        self.params = rng.normal(size=params.shape) / 2
-        self.obs = rng.normal(size=(NUM, 2))
-        self._networks = networks
-
-    def dist(self, params, obs):
-        tree = jax.tree.map(lambda x: x.astype(params.dtype), self._unravel(params.astype(jnp.float32)))
-        return self._networks.policy(ActorCritic(tree, None), obs)
-
-
-class Net64(Net):
-    """The same with parameters in whatever type they are given in."""
-
-    def __init__(self, kind):
-        super().__init__(kind)
-        tree = self._networks.init(jax.random.key(0)).actor
-        self._unravel = ravel_pytree(jax.tree.map(lambda x: np.zeros(x.shape, np.float64), tree))[1]
-
-    def dist(self, params, obs):
-        return self._networks.policy(ActorCritic(self._unravel(params), None), obs)
+        self.params = (rng.normal(size=params.shape) / 2).astype(dtype)
+        self.obs = rng.normal(size=(NUM, 2)).astype(dtype)
+        self.dist = lambda params, obs: networks.policy(ActorCritic(unravel(params), None), obs)
 
 
 @pytest.fixture(scope="module", params=KINDS)
 def matrices(request):
     """The Fisher matrix [P, P] by both operators, by the Hessian of the KL and by the scores, all in float64."""
     with jax.enable_x64(True):
-        net = Net64(request.param)
+        net = Net(request.param)
 
         @jax.jit
         def compute(params, obs):
@@ -95,7 +80,7 @@ def matrices(request):
             result["two axes"] = jax.vmap(operator)(eye)
             return result
 
-        yield {name: np.asarray(x) for name, x in compute(net.params, net.obs).items()}
+        return {name: np.asarray(x) for name, x in compute(net.params, net.obs).items()}
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -125,10 +110,10 @@ def quadratic(net, form):
 
 @pytest.mark.parametrize("kind", ["categorical", "tanh_gaussian_state"])
 def test_both_forms_agree_in_single_precision_and_are_linear(kind):
-    net = Net(kind)
+    net = Net(kind, np.float32)
     rng = np.random.default_rng(0)
     u, v = rng.normal(size=(2, net.params.size)).astype(np.float32)
-    args = (np.float32(net.params), np.float32(net.obs), np.stack([u, v, 2 * u - 3 * v]))
+    args = (net.params, net.obs, np.stack([u, v, 2 * u - 3 * v]))
     one, other = (np.asarray(quadratic(net, form)(*args)) for form in FORMS)
     scale = np.abs(one).max()
     np.testing.assert_allclose(one, other, rtol=0, atol=1e-4 * scale)
@@ -141,26 +126,26 @@ def dot_precisions(jaxpr):
     for eqn in jaxpr.eqns:
         if eqn.primitive.name == "dot_general":
             yield eqn.params["precision"]
-        for inner in jax.core.jaxprs_in_params(eqn.params):
+        for inner in jaxprs_in_params(eqn.params):
             yield from dot_precisions(inner)
 
 
 @pytest.mark.parametrize("form", FORMS)
 def test_every_matrix_product_runs_at_the_highest_precision(form):
-    net = Net("gaussian")
+    net = Net("gaussian", np.float32)
     highest = (jax.lax.Precision.HIGHEST, jax.lax.Precision.HIGHEST)
 
     def solve(params, obs):
         product = second_order.fisher_operator(lambda params: net.dist(params, obs), params, form)
         return second_order.conjugate_gradient(product, params, 2)
 
-    found = list(dot_precisions(jax.make_jaxpr(solve)(np.float32(net.params), np.float32(net.obs)).jaxpr))
+    found = list(dot_precisions(jax.make_jaxpr(solve)(net.params, net.obs).jaxpr))
     assert len(found) > 4 and set(found) == {highest}
 
 
 def test_the_quadratic_model_leaves_a_remainder_of_third_order(float64):
     """K(θ + ε s) = ½ ε² sᵀ F s + O(ε³): half the ε, an eighth of the remainder."""
-    net = Net64("gaussian_state")
+    net = Net("gaussian_state")
     step = np.random.default_rng(3).normal(size=net.params.size)
     square = step @ quadratic(net, "gauss_newton")(net.params, net.obs, step[None])[0]
 
