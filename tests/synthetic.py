@@ -215,7 +215,7 @@ def network_output(core, actor, obs):
 
 
 def judge(core, actor, batch):
-    """``(log ratio, KL(old || new))`` of every sample of a batch that a categorical or Gaussian policy has drawn, in float64."""
+    """``(log ratio, KL(old || new))`` of every sample of a batch, in float64, for categorical and Gaussian policies."""
     new = network_output(core, actor, batch.obs)
     action = np.asarray(batch.action)
     if isinstance(new, tuple):

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from scipy import signal
 
+from pgjax import networks
 from pgjax.distributions import Categorical, DiagGaussian, TanhGaussian
 from pgjax.errors import RequestError
 from pgjax.networks import ACTIVATIONS, ActorCritic, Networks, make_networks
@@ -76,6 +77,24 @@ def test_orthogonal_convolution_and_head_scale_none():
     np.testing.assert_allclose(flat.T @ flat, 2 * np.eye(16), atol=1e-5)
     np.testing.assert_allclose(dense.T @ dense, 2 * np.eye(8), atol=1e-5)
     np.testing.assert_allclose(head.T @ head, 2 * np.eye(3), atol=1e-5)
+
+
+def test_orthonormal_columns_are_those_of_the_qr_decomposition_with_positive_diagonal():
+    rng = np.random.default_rng(0)
+    matrices = [rng.normal(size=shape).astype(np.float32) for shape in ((64, 64), (100, 7), (3, 1), (9, 9))]
+    # Nearly dependent columns, which one pass of Gram and Schmidt leaves far from orthogonal.
+    matrices[3][:, 8] = matrices[3][:, 0] + 1e-4 * rng.normal(size=9)
+    for q, matrix in zip(networks._orthonormal([jnp.asarray(x) for x in matrices]), matrices, strict=True):
+        expected, upper = np.linalg.qr(matrix.astype(np.float64))
+        np.testing.assert_allclose(q.T @ q, np.eye(matrix.shape[1]), atol=2e-6)
+        np.testing.assert_allclose(q, expected * np.sign(np.diag(upper)), atol=2e-3 if len(matrix) == 9 else 1e-5)
+
+
+def test_init_calls_nothing_that_waits_on_the_thread_pool():
+    """Several batched LAPACK calls at once wait for ever on a CPU with two cores."""
+    shipped = make_networks(Box((10, 10, 4)), Discrete(3), hidden_sizes=(64,))
+    program = jax.jit(jax.vmap(shipped.init)).lower(jax.random.split(jax.random.key(0), 128)).as_text()
+    assert "custom_call" not in program, "an orthogonal initialiser of LAPACK's"
 
 
 @pytest.mark.parametrize("name", ["lecun_uniform", "lecun_normal"])

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import synthetic
 from probe_envs import Probe
-from synthetic import A, O
+from synthetic import O
 
 from pgjax import second_order, updates
 from pgjax.algorithms import ppo, ppo_kl, trpo
@@ -84,7 +84,9 @@ def test_the_penalty_is_the_kl_in_the_direction_asked_for_summed_over_actions(fl
     log_ratio, advantage = np.log([0.5, 1, 3]), np.array([1.0, -2.0, 0.5])
     sample = Sample(log_ratio, advantage, new, old, 0.0)
     value = objective(sample, ppo_kl.Hypers(), {"kl_coef": 0.7})
-    np.testing.assert_allclose(value, [0.5 - 0.7 * 2 * number, -2 - 0.7 * 2 * number, 1.5 - 0.7 * 2 * number], rtol=1e-6)
+    np.testing.assert_allclose(
+        value, [0.5 - 0.7 * 2 * number, -2 - 0.7 * 2 * number, 1.5 - 0.7 * 2 * number], rtol=0, atol=1e-6
+    )
     # The hinge counts the mean KL of the minibatch beyond twice the target; below that there is none.
     for target, excess in ((0.1, 2 * number - 0.2), (number + 0.01, 0.0)):
         hinged = objective(sample, ppo_kl.Hypers(kl_target=target, hinge_coef=1000.0), {"kl_coef": 0.7})
@@ -215,7 +217,7 @@ def test_the_coefficient_follows_the_kl_of_the_whole_batch_under_the_final_polic
     for target in (0.01, 0.3):
         # The target alone changes nothing before the rule is applied.
         (policy, batch), learner, _ = stepped(case, case.with_(kl_target=target))
-        final.append(synthetic.kl(synthetic.samples(batch)[-1], synthetic.policy_of(case, learner), synthetic.samples(batch)[0]))
+        final.append(synthetic.kl(policy, synthetic.policy_of(case, learner), batch.obs))
     np.testing.assert_array_equal(*final)
     kl = final[0].mean()
     for off, factor in ((1 / 1.501, 2), (1 / 1.499, 1), (1.499, 1), (1.501, 0.5)):
@@ -243,15 +245,14 @@ def test_the_coefficient_holds_the_policy_back(float64, cases):
     assert kls[0] > kls[1] > kls[2] > 0
 
 
-def test_the_coefficient_starts_where_the_hypers_say_and_finds_the_target():
-    """Over a training on a probe the KL per iteration ends within the band that leaves the coefficient alone."""
+def test_in_training_the_coefficient_starts_where_the_hypers_say_and_follows_the_rule():
     setup = ppo_kl.Setup(num_envs=16, num_steps=4, hidden_sizes=(4,))
-    algorithm = ppo_kl.make(Probe("constant", continuous=True), setup, ppo_kl.Hypers(kl_coef=0.3, learning_rate=0.01))
+    algorithm = ppo_kl.make(Probe("acting", continuous=True), setup, ppo_kl.Hypers(kl_coef=0.3, learning_rate=0.01))
     hypers = algorithm.hypers
     state = jax.jit(algorithm.init)(jax.random.key(0), hypers)
     assert state.learner.extra["kl_coef"] == np.float32(0.3)
     step, rows = jax.jit(algorithm.step), []
-    for _ in range(60):
+    for _ in range(20):
         state, metrics = step(state, hypers)
         rows.append((float(metrics["kl"]), float(metrics["kl_coef"]), float(state.learner.extra["kl_coef"])))
     kl, used, after = np.array(rows).T
