@@ -143,12 +143,12 @@ def fix_up(core, learner, feasible, batch, hypers, rate, due=True):
     def kl_of(actor, obs, dist_old):
         return dist_old.kl(core.networks.policy(ActorCritic(actor, None), obs))
 
-    def violated(kl):
+    def violated(kl, limit):
         statistic = kl.max() if setup.kl_statistic == "max" else kl.mean()
-        return ~(statistic <= hypers.kl_limit)
+        return ~(statistic <= limit)
 
     def check(actor):
-        return violated(kl_of(actor, batch.obs, batch.dist_old))
+        return violated(kl_of(actor, batch.obs, batch.dist_old), hypers.kl_limit)
 
     def minibatch_step(carry, part):
         params, opt_state, extra, steps = carry
@@ -162,7 +162,8 @@ def fix_up(core, learner, feasible, batch, hypers, rate, due=True):
         gradient, _ = clip_gradient(setup, hypers, gradient)
         new_params, new_opt_state = descend(setup, hypers, params, opt_state, gradient, rate)
         new_extra = step_duals(extra, {"kl_coef": kl_coef_gradient(kl, hypers, setup.kl_statistic)}, hypers.kl_coef_lr)
-        step = violated(kl)
+        # A little below: at the limit itself, minibatch and batch, differently rounded, could disagree for ever.
+        step = violated(kl, (1 - 1e-5) * hypers.kl_limit)
         actor, actor_state, extra = jax.tree.map(
             lambda new, old: jnp.where(step, new, old),
             (new_params.actor, new_opt_state.actor, new_extra),
@@ -190,9 +191,11 @@ def fix_up(core, learner, feasible, batch, hypers, rate, due=True):
 
 
 def _validate(setup: Setup) -> None:
+    if setup.shared_torso:
+        raise RequestError("setup.shared_torso = True would move the critic in the fix-up; use False")
     if setup.early_stop != "off":
         raise RequestError(f"setup.early_stop = {setup.early_stop!r} would only end single epochs; use 'off'")
     if setup.learning_rate_schedule == "adaptive_kl":
-        raise RequestError("setup.learning_rate_schedule = 'adaptive_kl' works against the KL limit; use 'linear' or 'constant'")
+        raise RequestError("setup.learning_rate_schedule = 'adaptive_kl' works against kl_limit; use 'linear' or 'constant'")
     if setup.advantage_recompute == "epoch":
         raise RequestError("setup.advantage_recompute = 'epoch' is not to be had here; use 'rollout'")

@@ -10,6 +10,7 @@ from typing import Literal
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from pgjax import on_policy, second_order
 from pgjax.errors import RequestError
@@ -24,7 +25,7 @@ DEFINING = ("num_epochs", "num_minibatches", "normalize_advantage")
 class Setup(on_policy.Setup):
     """num_minibatches: 1 is the paper's; more take that many steps one after the other, each on its part of the batch.
 
-    cg_iterations: of conjugate gradient.  fisher_stride: every so manieth sample enters the Fisher information.
+    cg_iterations: of conjugate gradient.  fisher_stride: one of so many samples enters the Fisher information.
     fisher_form: see ``pgjax.second_order.fisher_operator``.
     line_search_iterations: trials; with ``line_search`` False the full step is taken, which is the natural policy gradient.
     on_failure: what stays when no trial is accepted: the old policy, or (public code) the last trial.
@@ -103,7 +104,9 @@ def make(env, setup: Setup = Setup(), hypers: Hypers = Hypers(), *, objective=No
             return value + hypers.entropy_coef * masked_mean(dist.entropy(key), minibatch.weight), value
 
         gradient, surrogate_old = jax.grad(gain, has_aux=True)(actor)
-        obs = minibatch.obs[:: setup.fisher_stride]
+        # One of every so many, the next one each time: a stride alone would keep to a few of the environments.
+        chosen = np.arange(max(len(minibatch.obs) // setup.fisher_stride, 1))
+        obs = minibatch.obs[chosen * setup.fisher_stride + chosen % setup.fisher_stride]
         fisher = second_order.fisher_operator(
             lambda actor: core.networks.policy(ActorCritic(actor, None), obs), actor, setup.fisher_form
         )

@@ -5,7 +5,6 @@ What is compared runs side by side in one process, in turns, so that a busy mach
 
 import json
 import os
-import resource
 import statistics
 import subprocess
 import sys
@@ -19,10 +18,11 @@ import jax
 import jax.numpy as jnp
 
 import pgjax
+from pgjax import algorithms, on_policy, training
 from pgjax import lanes as lanes_
-from pgjax import on_policy, training
 from pgjax.errors import RequestError, close_names
 from pgjax.experiments.plain_ppo import plain_ppo
+from pgjax.experiments.shared_settings import differences, settle
 
 # The setting of the public single-file implementations on CartPole.
 _SETUP = {"num_envs": 4, "num_steps": 128, "num_epochs": 4, "num_minibatches": 4, "hidden_sizes": (64, 64)}
@@ -122,6 +122,28 @@ def _ppo(repeats, say):
         speed = total[name] / seconds
         figures[name] = {"steps_per_second": speed, "ratio": speed / base, "compile_seconds": compile_seconds[name]}
         say(f"  {name:<30} {speed:>10,.0f} env steps/s  {speed / base:5.2f} x  compiled in {compile_seconds[name]:4.1f} s")
+    return figures
+
+
+def _family(repeats, say):
+    """Every algorithm's iteration beside PPO's, 16 lanes of CartPole on all devices, with the settings that all share."""
+    env = pgjax.make_env("gymnax/CartPole-v1")
+    modules = {name: algorithms.get(name) for name in algorithms.list_algorithms()}
+    settings, _ = settle(modules, "gymnax/CartPole-v1", {"setup": {}, "hypers": {}}, False)
+    programs, compile_seconds, steps = {}, {}, {}
+    for name, module in modules.items():
+        changed = differences(module, settings[name])
+        algorithm = algorithms.make(name, env, changed["hypers"], **changed["setup"])
+        iterations = max(1, 25_600 // algorithm.env_steps_per_iteration)
+        programs[name], compile_seconds[name] = _lane_program(algorithm, 16, len(jax.devices()), iterations)
+        steps[name] = 16 * iterations * algorithm.env_steps_per_iteration
+    medians = _medians(programs, repeats)
+    figures = {}
+    for name, seconds in medians.items():
+        microseconds = 1e6 * seconds / steps[name]
+        ratio = microseconds / (1e6 * medians["ppo"] / steps["ppo"])
+        figures[name] = {"microseconds_per_step": microseconds, "ratio": ratio, "compile_seconds": compile_seconds[name]}
+        say(f"  {name:<10} {microseconds:6.2f} µs per env step  {ratio:5.2f} x ppo  compiled in {compile_seconds[name]:4.1f} s")
     return figures
 
 
@@ -228,37 +250,43 @@ def _startup(repeats, say):
 
 
 def _memory(repeats, say):
-    """Peak memory of the process against the length of the run and the number of lanes."""
-    code = (
-        "import sys; lanes, steps = int(sys.argv[1]), int(float(sys.argv[2]))\n"
-        "from pgjax import lanes as lanes_; lanes_.use_host_devices(); lanes_.use_compilation_cache()\n"
-        "import pgjax; from pgjax.runner import RunSpec, run\n"
-        "spec = RunSpec('ppo', 'gymnax/CartPole-v1', steps, setup={'num_envs': 64}, seeds=tuple(range(lanes)), num_evals=1)\n"
-        "with pgjax.RunStore.create(sys.argv[3], spec.config()) as store: run(spec, store)\n"
-        "from pgjax.experiments.bench import peak_mib; print(peak_mib())\n"
-    )
+    """Peak memory of the process, and what was predicted, against the length of the run and the number of lanes."""
+    cartpole = {"env": "gymnax/CartPole-v1", "setup": {"num_envs": 64}}
+    hopper = {"env": "brax/hopper", "env_options": {"backend": "spring"}, "setup": {"num_envs": 64, "num_steps": 64}}
+    cases = [(cartpole, *case) for case in ((1, 10**5), (1, 10**6), (1, 10**7), (8, 10**5), (32, 3 * 10**4), (128, 3 * 10**4))]
+    cases += [(hopper, 1, 10**4), (hopper, 8, 10**4)]
     figures = {}
-    with tempfile.TemporaryDirectory() as folder:
-        for num_lanes, steps in ((1, 1e5), (1, 1e6), (1, 1e7), (8, 1e5), (32, 1e5), (128, 1e5)):
-            command = [sys.executable, "-c", code, str(num_lanes), str(steps), f"{folder}/{num_lanes}-{steps}"]
-            done = subprocess.run(command, capture_output=True, text=True, check=True)
-            mib = float(done.stdout.split()[-1])
-            figures[f"{num_lanes} lanes, {steps:.0e} env steps"] = mib
-            say(f"  {num_lanes:>4} lanes, {steps:.0e} env steps each: peak {mib:7.0f} MiB")
+    for case, num_lanes, steps in cases:
+        predicted, peak = memory_of_run(**case, total_env_steps=steps, seeds=tuple(range(num_lanes)), num_evals=1)
+        figures[f"{case['env']}, {num_lanes} lanes, {steps} env steps"] = {"predicted_bytes": predicted, "peak_bytes": peak}
+        say(
+            f"  {case['env']:<18} {num_lanes:>4} lanes, {steps:>10,} env steps each: predicted {predicted / 2**20:6.0f} MiB, "
+            f"peak {peak / 2**20:6.0f} MiB, ratio {predicted / peak:.2f}"
+        )
     return figures
 
 
-def peak_mib() -> float:
-    """Most memory this process has held, in MiB."""
-    status = Path("/proc/self/status")
-    if status.exists():
-        # getrusage would also count what the parent held when it forked.
-        return int(status.read_text().split("VmHWM:")[1].split()[0]) / 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1 << 20 if sys.platform == "darwin" else 1 << 10)
+def memory_of_run(**fields) -> tuple[int, int]:
+    """Predicted and actual peak resident memory, in bytes, of a process that trains PPO; ``fields`` are those of RunSpec."""
+    code = (
+        "import json, sys; fields, folder = json.loads(sys.argv[1]), sys.argv[2]\n"
+        "from pgjax import lanes; lanes.use_host_devices(); lanes.use_compilation_cache()\n"
+        "import pgjax; spec = pgjax.RunSpec('ppo', **fields)\n"
+        "def report(event):\n"
+        "    if event.kind == 'compiled': print(event.data['peak_bytes'])\n"
+        "with pgjax.RunStore.create(folder, spec.config()) as store: pgjax.run(spec, store, report)\n"
+        "print(lanes.resident_bytes()[1])\n"
+    )
+    with tempfile.TemporaryDirectory() as folder:
+        command = [sys.executable, "-c", code, json.dumps(fields), folder]
+        done = subprocess.run(command, capture_output=True, text=True, check=True)
+    predicted, peak = map(int, done.stdout.split()[-2:])
+    return predicted, peak
 
 
 PARTS: dict[str, Callable[[int, Callable[[str], None]], Any]] = {
     "ppo": _ppo,
+    "family": _family,
     "time": _time,
     "startup": _startup,
     "memory": _memory,

@@ -27,21 +27,28 @@ SETUP = dict(
 )
 
 
-def ratios_over_epochs(env, objective: Callable, num_epochs: int, key, *, warm_up: int = 5, **setup) -> dict[str, jax.Array]:
-    """One policy, trained by PPO for ``warm_up`` iterations, then ``num_epochs`` epochs of ``objective`` on its next batch.
+def trained_batch(env, key, *, warm_up: int = 5, **setup):
+    """A policy trained by PPO for ``warm_up`` iterations and its next batch: ``(algorithm, learner, batch)``."""
+    algorithm = ppo.make(env, ppo.Setup(**{**SETUP, **setup}), ppo.Hypers(learning_rate=3e-4))
+    core, hypers = algorithm.core, algorithm.hypers
 
-    Whatever the objective, the batch is the same for the same key.
+    def start(key):
+        key_init, key_collect = jax.random.split(key)
+        state = algorithm.init(key_init, hypers)
+        state, _ = jax.lax.scan(lambda state, _: algorithm.step(state, hypers), state, length=warm_up)
+        _, batch, _, _ = on_policy.collect(core, jax.random.split(key_collect, 3), state, hypers)
+        return state.learner, on_policy.gae_estimate(core, hypers, state.learner, batch)
+
+    return algorithm, *jax.jit(jax.vmap(start))(key)
+
+
+def ratios_over_epochs(algorithm, learner, batch, objective: Callable, num_epochs: int, key) -> dict[str, jax.Array]:
+    """``num_epochs`` epochs of ``objective`` on one batch, from the policy that collected it.
+
     Returns: ``mean`` and ``max`` of abs(ratio - 1) over the batch and its ``surrogate`` mean(ratio * normalised advantage),
     each [num_epochs], after every epoch.
     """
-    algorithm = ppo.make(env, ppo.Setup(**{**SETUP, **setup}), ppo.Hypers(learning_rate=3e-4))
     core, hypers = algorithm.core, algorithm.hypers
-    key_init, key_collect, key_epochs = jax.random.split(key, 3)
-    state = algorithm.init(key_init, hypers)
-    state, _ = jax.lax.scan(lambda state, _: algorithm.step(state, hypers), state, length=warm_up)
-    learner = state.learner
-    _, batch, _, _ = on_policy.collect(core, jax.random.split(key_collect, 3), state, hypers)
-    batch = on_policy.gae_estimate(core, hypers, learner, batch)
     normalized = (batch.advantage - batch.advantage.mean()) / batch.advantage.std()
     update = minibatch_sgd(plug(objective, lambda *_: 0.0, hypers)[0])
 
@@ -51,7 +58,7 @@ def ratios_over_epochs(env, objective: Callable, num_epochs: int, key, *, warm_u
         away = jnp.abs(ratio - 1)
         return learner, {"mean": away.mean(), "max": away.max(), "surrogate": (ratio * normalized).mean()}
 
-    return jax.lax.scan(epoch, learner, jax.random.split(key_epochs, num_epochs))[1]
+    return jax.lax.scan(epoch, learner, jax.random.split(key, num_epochs))[1]
 
 
 def main() -> None:
@@ -62,11 +69,12 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("ratios.png"))
     args = parser.parse_args()
     env = pgjax.make_env(args.env)
-    keys = jax.random.split(jax.random.key(0), args.seeds)
-    results = {
-        name: jax.device_get(jax.jit(jax.vmap(lambda key, f=f: ratios_over_epochs(env, f, args.epochs, key)))(keys))
-        for name, f in OBJECTIVES.items()
-    }
+    key_batch, key_epochs = jax.random.split(jax.random.key(0))
+    algorithm, learner, batch = trained_batch(env, jax.random.split(key_batch, args.seeds))
+    results = {}
+    for name, objective in OBJECTIVES.items():
+        study = jax.vmap(lambda *args, f=objective, n=args.epochs: ratios_over_epochs(algorithm, *args[:2], f, n, args[2]))
+        results[name] = jax.device_get(jax.jit(study)(learner, batch, jax.random.split(key_epochs, args.seeds)))
 
     import matplotlib
 
@@ -81,9 +89,9 @@ def main() -> None:
             steps = range(1, args.epochs + 1)
             axis.plot(steps, curves.mean(0), label=name, color=color)
             axis.fill_between(steps, curves.min(0), curves.max(0), alpha=0.15, color=color, linewidth=0)
+        axis.set_yscale("log")
         if what != "surrogate":
             axis.axhline(0.2, color="black", linewidth=0.8, linestyle=":")
-            axis.set_yscale("log")
         axis.set_title(title)
         axis.set_xlabel("epochs over one batch")
         axis.grid(alpha=0.25)

@@ -48,7 +48,10 @@ def shared_fields(env: str) -> Fields:
     """Values of the settings that all on-policy methods know: PPO's defaults with its preset for ``env``, if there is one."""
     known = default_fields(on_policy)
     reference = preset_fields(algorithms.get(REFERENCE), presets.find("auto", REFERENCE, env))
-    return {part: {name: reference[part][name] for name in known[part]} for part in PARTS}
+    shared = {part: {name: reference[part][name] for name in known[part]} for part in PARTS}
+    # Methods that fit the critic apart from the policy give it the steps that it has elsewhere.
+    shared["setup"].update({f"value_{what}": shared["setup"][f"num_{what}"] for what in ("epochs", "minibatches")})
+    return shared
 
 
 def settle(
@@ -61,7 +64,7 @@ def settle(
       asked: values that the user wants for all; a setting that defines a method stays as it is.
       use_presets: each algorithm's own preset for ``env``, or else its defaults, in place of shared settings.
     """
-    shared = shared_fields(env)
+    shared, known = shared_fields(env), default_fields(on_policy)
     settings = {}
     for name, module in modules.items():
         preset = presets.find("auto", name, env)
@@ -71,12 +74,12 @@ def settle(
         else:
             values = _overlaid(default_fields(module), shared, defining(module))
             settings[name] = Settings(_overlaid(values, asked, defining(module)), None)
-    names = {part: dict.fromkeys([*shared[part], *(f for s in settings.values() for f in s.values[part])]) for part in PARTS}
+    names = {part: dict.fromkeys([*known[part], *(f for s in settings.values() for f in s.values[part])]) for part in PARTS}
     rows = []
     for part in PARTS:
         for name in names[part]:
             common = asked[part] if name in asked[part] else {} if use_presets else shared[part]
-            rows.append(_row(part, name, common, settings, modules, use_presets, name in shared[part]))
+            rows.append(_row(part, name, common, settings, modules, use_presets, name in known[part]))
     return settings, rows
 
 

@@ -149,10 +149,18 @@ def lanes_that_fit(num_lanes: int, program_bytes: int, device: Device, available
 
 def peak_bytes(growth: int) -> int:
     """Peak resident memory of this process, in bytes, if it grows by so much from here: at least what it had so far."""
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-    pages = _read("/proc/self/statm").split()
-    resident = int(pages[1]) * resource.getpagesize() if pages else peak
-    return max(peak, resident + growth)
+    now, most = resident_bytes()
+    return max(most, now + growth)
+
+
+def resident_bytes() -> tuple[int, int]:
+    """Resident memory of this process in bytes, now and at its most; the latter for both where there is no /proc."""
+    status = dict(line.split(":", 1) for line in _read("/proc/self/status").splitlines())
+    if "VmHWM" in status:
+        # getrusage would also count what the parent held when it forked.
+        return int(status["VmRSS"].split()[0]) * 1024, int(status["VmHWM"].split()[0]) * 1024
+    most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    return most, most
 
 
 def available_bytes(device: Device) -> int:

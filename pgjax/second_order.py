@@ -56,16 +56,17 @@ def conjugate_gradient(
 ) -> jax.Array:
     """An approximate solution x [P] of A x = b for a symmetric positive definite A, from x = 0.
 
-    Args: product: ``v -> A v``.  tolerance: of the squared norm of the residual, absolute; below it x stays as it is, as it
-      does once a direction has no positive curvature, which only rounding can bring about.
-    Source: Hestenes and Stiefel 1952; the tolerance follows openai/baselines ``common/cg.py``.
+    Args: product: ``v -> A v``.  tolerance: of the squared norm of the residual, relative to that of b; below it x stays as
+      it is, as it does once a direction has no positive curvature, which only rounding can bring about.
+    Source: Hestenes and Stiefel 1952. paper: none / authors' code: absolute, so that small gradients take no step / here:
+    relative, so that the scale of the advantages does not matter.
     """
 
     def iteration(carry, _):
         x, residual, direction, square = carry
         along = product(direction)
         curvature = direction @ along
-        active = (square >= tolerance) & (curvature > 0)
+        active = (square > tolerance * start) & (curvature > 0)
         size = jnp.where(active, square / jnp.where(active, curvature, 1), 0)
         x = x + size * direction
         residual = residual - size * along
@@ -74,7 +75,8 @@ def conjugate_gradient(
         return (x, residual, direction, new_square), None
 
     with jax.default_matmul_precision("highest"):
-        (x, *_), _ = jax.lax.scan(iteration, (jnp.zeros_like(b), b, b, b @ b), length=num_iterations)
+        start = b @ b
+        (x, *_), _ = jax.lax.scan(iteration, (jnp.zeros_like(b), b, b, start), length=num_iterations)
     return x
 
 

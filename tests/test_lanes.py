@@ -5,6 +5,7 @@ from types import SimpleNamespace
 import pytest
 
 from pgjax import lanes
+from pgjax.experiments.bench import memory_of_run
 
 CPU, GPU = SimpleNamespace(platform="cpu"), SimpleNamespace(platform="gpu")
 
@@ -66,3 +67,12 @@ def test_the_predicted_peak_is_never_below_what_the_process_holds():
     held = lanes.peak_bytes(0)
     assert held > 50 << 20
     assert lanes.peak_bytes(1 << 40) >= (1 << 40) + (50 << 20)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("num_lanes", [1, 32])
+def test_the_predicted_peak_is_near_the_actual_one(num_lanes):
+    predicted, peak = memory_of_run(
+        env="gymnax/CartPole-v1", setup={"num_envs": 64}, total_env_steps=10**4, seeds=tuple(range(num_lanes)), num_evals=1
+    )
+    assert peak / 1.5 < predicted < peak * 1.5

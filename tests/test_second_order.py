@@ -194,12 +194,13 @@ def test_the_first_iterate_of_conjugate_gradient_is_steepest_descent(float64):
     np.testing.assert_allclose(solutions(matrix, b, 1e-10)[1], (b @ b) / (b @ matrix @ b) * b, rtol=1e-12)
 
 
-def test_the_tolerance_is_on_the_squared_residual_and_absolute(float64):
+@pytest.mark.parametrize("scale", [1.0, 1e-8])
+def test_the_tolerance_is_on_the_squared_residual_relative_to_the_right_side(float64, scale):
     rng = np.random.default_rng(1)
-    matrix, b = positive_definite(rng, 4), rng.normal(size=4)
+    matrix, b = positive_definite(rng, 4), scale * rng.normal(size=4)
     found = np.asarray(solutions(matrix, b, 0.0))
     square = ((b - found @ matrix) ** 2).sum(-1)
-    stopping = np.asarray(solutions(matrix, b, square[2] * 1.01))
+    stopping = np.asarray(solutions(matrix, b, square[2] * 1.01 / (b @ b)))
     # The iterate that first came below it is kept, bit for bit.
     first = np.flatnonzero(square < square[2] * 1.01)[0]
     np.testing.assert_allclose(stopping[first], found[first], rtol=1e-12)

@@ -116,7 +116,8 @@ def by_hand(
     gradient = synthetic.surrogate_gradient(policy, obs, action, advantage, log_prob_old)
     # The entropy is the sum of the log standard deviations and a constant.
     gradient[-A:] += entropy_coef
-    matrix = synthetic.fisher(policy, obs[::stride]) / units + damping * np.eye(P)
+    chosen = [k * stride + k % stride for k in range(len(obs) // stride)]
+    matrix = synthetic.fisher(policy, obs[chosen]) / units + damping * np.eye(P)
     direction = np.linalg.solve(matrix, gradient)
     step = np.sqrt(2 * max_kl / (direction @ matrix @ direction)) * direction
     expected = gradient @ step
