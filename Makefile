@@ -20,10 +20,10 @@ demo: $(READY)
 	$(PY) -m pgjax.experiments.demo
 
 test: $(READY)
-	$(PY) -m pytest -m "not slow"
+	$(PY) -m pytest -n auto --dist loadfile -m "not slow"
 
 test-all: $(READY)
-	$(PY) -m pytest
+	$(PY) -m pytest -n auto --dist loadfile
 
 lint: $(READY)
 	$(PY) -m ruff check .
