@@ -116,5 +116,10 @@ def make(env, setup: Setup = Setup(), hypers: Hypers = Hypers(), *, objective=No
 def _validate(setup: Setup) -> None:
     if setup.shared_torso:
         raise RequestError("setup.shared_torso = True would move the policy when the critic is fitted; use False")
+    if setup.advantage_recompute != "rollout":
+        raise RequestError(
+            f"setup.advantage_recompute = {setup.advantage_recompute!r} has no use, the critic is fitted after the policy; "
+            "use 'rollout'"
+        )
     if not 1 <= setup.tsallis_index <= 2:
         raise RequestError(f"setup.tsallis_index = {setup.tsallis_index} is outside of [1, 2]; 1 is the KL")

@@ -102,8 +102,13 @@ def samples_of(setup, batch: Batch) -> Batch:
     return jax.tree.map(lambda x: x.swapaxes(0, 1), batch)
 
 
-def shuffled(setup, key: jax.Array, num_epochs: int) -> jax.Array:
-    """Indices [num_epochs * num_minibatches, size]: every epoch has every sample once, in an order of its own."""
+def shuffled(setup, key: jax.Array, num_epochs: int) -> jax.Array | None:
+    """Indices [num_epochs * num_minibatches, size]: every epoch has every sample once, in an order of its own.
+
+    None if the only minibatch is the whole batch, whose order makes no difference.
+    """
+    if setup.num_minibatches == 1:
+        return None
     num = setup.num_envs * (setup.num_steps if setup.minibatch_by == "transition" else 1)
     # All epochs in one draw and one sort: every further one costs compile time, and this is on the way of every start.
     # Sorting by random words is a uniform permutation but for ties, so large batches get two words for each sample.
@@ -113,9 +118,9 @@ def shuffled(setup, key: jax.Array, num_epochs: int) -> jax.Array:
     return order.reshape(num_epochs * setup.num_minibatches, -1)
 
 
-def pick(setup, samples: Batch, index: jax.Array) -> Batch:
-    """The minibatch of these indices: [N] by transition, [T, B'] by unroll."""
-    minibatch = jax.tree.map(lambda x: x[index], samples)
+def pick(setup, samples: Batch, index: jax.Array | None) -> Batch:
+    """The minibatch of these indices, None for all of them: [N] by transition, [T, B'] by unroll."""
+    minibatch = samples if index is None else jax.tree.map(lambda x: x[index], samples)
     if setup.minibatch_by == "unroll":
         minibatch = jax.tree.map(lambda x: x.swapaxes(0, 1), minibatch)
     return minibatch
@@ -254,7 +259,8 @@ def fit_value(
 
     samples = samples_of(setup, batch)
     indices = shuffled(setup, key, num_epochs)
-    (params, opt_state), loss = jax.lax.scan(minibatch_step, (learner.params, learner.opt_state), indices)
+    start = (learner.params, learner.opt_state)
+    (params, opt_state), loss = jax.lax.scan(minibatch_step, start, indices, length=num_epochs * num_minibatches)
     return learner.replace(params=params, opt_state=opt_state), {"loss_value": loss.mean()}
 
 
