@@ -342,8 +342,9 @@ class _Group:
         self.keys, self.hypers = spread.pad((run.keys[self.lanes], jax.tree.map(lambda x: x[self.lanes], run.hypers)))
 
         started = time.perf_counter()
-        # Initialisers run as one single-device program: batched QR decompositions running at once on two host devices of
-        # one process deadlock. It runs once, so it is compiled fast rather than well, while the other one compiles.
+        # Initialisers run as one single-device program: anyone's own networks may start from batched LAPACK calls, and those
+        # deadlock when two host devices run them at once. It runs once, so it is compiled fast rather than well, while the
+        # other one compiles.
         init = jax.jit(jax.vmap(run.init_lane)).lower(self.keys, self.hypers)
         place = jax.sharding.SingleDeviceSharding(devices[0]) if len(devices) == 1 else spread.sharding
         state = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), init.out_info)

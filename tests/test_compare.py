@@ -11,6 +11,7 @@ import tomllib
 import numpy as np
 import pandas as pd
 import pytest
+from scipy import stats
 
 import pgjax
 from pgjax import algorithms, cli, on_policy
@@ -19,6 +20,7 @@ from pgjax.errors import RequestError
 from pgjax.experiments import compare as comparison
 from pgjax.experiments import presets
 from pgjax.experiments.compare import Request, common_budget, make_env, make_plan
+from pgjax.experiments.family_table import family_table
 from pgjax.experiments.shared_settings import DEFINES, OWN, defining, read_value, shared_fields
 from pgjax.runner import policies_of
 
@@ -64,6 +66,9 @@ def test_shared_settings_are_ppos_on_the_environment():
     with open(presets._FOLDER / "gymnax-Pendulum-v1.toml", "rb") as file:
         preset = tomllib.load(file)["ppo"]
     shared = shared_fields("gymnax/Pendulum-v1")
+    # The critic gets PPO's steps where it is fitted apart.
+    assert shared["setup"].pop("value_epochs") == preset["setup"]["num_epochs"] == 10
+    assert shared["setup"].pop("value_minibatches") == preset["setup"]["num_minibatches"] == 16
     for name, value in shared["setup"].items():
         assert value == preset["setup"].get(name, getattr(ppo.Setup(), name)), name
     for name, value in shared["hypers"].items():
@@ -442,3 +447,15 @@ def test_a_comparison_with_a_frozen_lane_ends_in_failure_and_is_not_run_again(fi
 def test_make_env_replaces_parameters():
     env = make_env(Request(ENV, env_params={"gravity": 5.0}))
     assert float(env.default_params.gravity) == 5.0  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def test_comparisons_become_one_table(finished, runs):
+    lines = family_table([finished, finished]).splitlines()
+    assert lines[0].count(ENV) == 2 and len(lines) == 2 + len(runs)
+    for name, run in runs.items():
+        rows = run.evaluations
+        last = rows[(rows.policy == "mode") & (rows.env_steps == rows.env_steps.max())]
+        (line,) = (line for line in lines if f"`{name}`" in line)
+        shown = [float(cell.split()[0]) for cell in line.split("|")[2:4]]
+        expected = stats.trim_mean(last.groupby("seed")["return"].mean(), 0.25)
+        np.testing.assert_allclose(shown, expected, rtol=2e-3)
