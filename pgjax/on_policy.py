@@ -510,7 +510,8 @@ def as_hypers(hypers: Hypers, **changes) -> Hypers:
         except (TypeError, ValueError):
             raise RequestError(f"hypers.{name} = {value!r} is not a number; give one") from None
         if fields[name].ndim:
-            raise RequestError(f"hypers.{name} has shape {fields[name].shape}, not a single number; to sweep, vmap over stacked hypers")
+            shape = fields[name].shape
+            raise RequestError(f"hypers.{name} has shape {shape}, not a single number; to sweep, vmap over stacked hypers")
         _check_hyper(name, fields[name])
     return type(hypers)(**fields)
 
