@@ -84,8 +84,11 @@ def make(env, setup: Setup = Setup(), hypers: Hypers = Hypers(), *, objective=No
         before = learner
         learner, metrics = policy_step(core, key, learner, batch, hypers, progress)
         if setup.baseline == "value" and setup.value_steps > 1:
-            more = {"num_epochs": setup.value_steps - 1, "num_minibatches": setup.num_minibatches}
-            learner, _ = fit_value(core, key_value, learner, batch, hypers, progress, **more)
+            learner, _ = fit_value(
+                *(core, key_value, learner, batch, hypers, progress),
+                num_epochs=setup.value_steps - 1,
+                num_minibatches=setup.num_minibatches,
+            )
         if batch.weight is not None:
             # Without a complete episode there is no gradient, and the optimiser's momentum alone must not move anything.
             learned = batch.weight.sum() > 0

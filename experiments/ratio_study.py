@@ -50,7 +50,7 @@ def ratios_over_epochs(algorithm, learner, batch, objective: Callable, num_epoch
     """
     core, hypers = algorithm.core, algorithm.hypers
     normalized = (batch.advantage - batch.advantage.mean()) / batch.advantage.std()
-    update = minibatch_sgd(plug(objective, lambda *_: 0.0, hypers)[0])
+    update = minibatch_sgd(plug(objective, lambda sample, hypers, extra: sample.advantage, hypers)[0])
 
     def epoch(learner, key):
         learner, _ = update(core, key, learner, batch, hypers, 0.0)
@@ -73,8 +73,11 @@ def main() -> None:
     algorithm, learner, batch = trained_batch(env, jax.random.split(key_batch, args.seeds))
     results = {}
     for name, objective in OBJECTIVES.items():
-        study = jax.vmap(lambda *args, f=objective, n=args.epochs: ratios_over_epochs(algorithm, *args[:2], f, n, args[2]))
-        results[name] = jax.device_get(jax.jit(study)(learner, batch, jax.random.split(key_epochs, args.seeds)))
+
+        def study(learner, batch, key, objective=objective):
+            return ratios_over_epochs(algorithm, learner, batch, objective, args.epochs, key)
+
+        results[name] = jax.device_get(jax.jit(jax.vmap(study))(learner, batch, jax.random.split(key_epochs, args.seeds)))
 
     import matplotlib
 

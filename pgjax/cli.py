@@ -181,7 +181,7 @@ def _train_request(name: str, module, argv: list[str]):
         raise RequestError("--extend needs --out, the folder of the run that is to go on")
     if extends or ("--resume" in argv and env is None and out is not None and not wants_help):
         flag, remedy = ("--extend", "leave it out") if extends else ("--resume", "give --env too to compare the whole request")
-        config = read_run(out)["config"]
+        config = read_run(out or "")["config"]
         if config["algorithm"] != name:
             raise RequestError(f"{flag}: {out} holds a run of {config['algorithm']}, not of {name}")
         extra = [word for word in argv if word.startswith("--") and word.split("=")[0] not in (flag, "--resume", "--out")]

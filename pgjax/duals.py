@@ -28,5 +28,5 @@ def init_duals(**values) -> Duals:
 def step_duals(duals: Duals, gradient: dict[str, jax.Array], learning_rate, minimum: float = 0.0) -> Duals:
     """One Adam step down ``gradient``, projected to ``>= minimum``. It moves by about the learning rate, whatever the size."""
     updates, opt_state = _ADAM.update(gradient, duals.opt_state)  # pyright: ignore[reportArgumentType]
-    values = {name: jnp.maximum(value - learning_rate * updates[name], minimum) for name, value in duals.values.items()}
+    values = jax.tree.map(lambda x, update: jnp.maximum(x - learning_rate * update, minimum), duals.values, updates)
     return Duals(values, opt_state)

@@ -64,16 +64,14 @@ def check_drift(objective: Objective | Callable, *, progress: float = 0.0, toler
     Returns: DriftReport; ``report.valid`` says whether the conditions hold, ``print(report)`` tells the rest.
     """
     with jax.enable_x64(True):
+        params = None
         if isinstance(objective, Objective):
             params = jax.tree.map(lambda x: jnp.asarray(x, jnp.float64), objective.params)
-            fn = objective.fn
 
-            def evaluate(sample):
-                return fn(sample, params)
-        else:
-
-            def evaluate(sample):
-                return objective(sample.log_ratio, sample.advantage)
+        def evaluate(sample):
+            if isinstance(objective, Objective):
+                return objective.fn(sample, params)
+            return objective(sample.log_ratio, sample.advantage)
 
         reports = [
             _measure(evaluate, dist_old, dist, action, advantage, progress, tolerance)

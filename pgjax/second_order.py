@@ -25,30 +25,34 @@ def fisher_operator(
 
     Source: Schulman et al. 2015, arXiv 1502.05477, appendix C.
     """
-    if form == "gauss_newton":
-        # The precision of a product is settled where it is traced: that of J here, that of its transpose below.
+    return {"gauss_newton": _gauss_newton, "double_backprop": _double_backprop}[form](dist_of, params)
+
+
+def _gauss_newton(dist_of, params):
+    # The precision of a product is settled where it is traced: that of J here, that of its transpose below.
+    with jax.default_matmul_precision("highest"):
+        dist, push = jax.linearize(dist_of, params)
+    pull = jax.linear_transpose(push, params)
+    num = jax.eval_shape(lambda dist: dist.kl(dist), dist).size
+
+    def product(v):
         with jax.default_matmul_precision("highest"):
-            dist, push = jax.linearize(dist_of, params)
-        pull = jax.linear_transpose(push, params)
-        num = jax.eval_shape(lambda dist: dist.kl(dist), dist).size
+            (product,) = pull(dist.fisher_product(push(v)))
+            return product / num
 
-        def product(v):
-            with jax.default_matmul_precision("highest"):
-                (product,) = pull(dist.fisher_product(push(v)))
-                return product / num
+    return product
 
-        return product
-    if form == "double_backprop":
+
+def _double_backprop(dist_of, params):
+    with jax.default_matmul_precision("highest"):
+        dist_old = jax.lax.stop_gradient(dist_of(params))
+    gradient = jax.grad(lambda params: dist_old.kl(dist_of(params)).mean())
+
+    def product(v):
         with jax.default_matmul_precision("highest"):
-            dist_old = jax.lax.stop_gradient(dist_of(params))
-        gradient = jax.grad(lambda params: dist_old.kl(dist_of(params)).mean())
+            return jax.jvp(gradient, (params,), (v,))[1]
 
-        def product(v):
-            with jax.default_matmul_precision("highest"):
-                return jax.jvp(gradient, (params,), (v,))[1]
-
-        return product
-    raise AssertionError(form)
+    return product
 
 
 def conjugate_gradient(

@@ -5,6 +5,7 @@
 
 import dataclasses
 from collections.abc import Callable
+from typing import TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -21,7 +22,10 @@ PolicyObjective = Callable[[Sample, Hypers, PyTree], jax.Array]
 ExtraUpdate = Callable[[Sample, Hypers, PyTree], PyTree]
 
 
-def plug(objective, default: PolicyObjective, hypers: Hypers) -> tuple[PolicyObjective, Hypers]:
+_AnyHypers = TypeVar("_AnyHypers", bound=Hypers)
+
+
+def plug(objective, default: PolicyObjective, hypers: _AnyHypers) -> tuple[PolicyObjective, _AnyHypers]:
     """What a method maximises: ``default``, or the user's own objective in its place.
 
     Args: objective: None, an ``Objective``, or a bare ``f(log_ratio, advantage) -> [N]``.
