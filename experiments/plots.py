@@ -1,5 +1,6 @@
 """Pictures of runs: learning curves with intervals over seeds."""
 
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, cast
@@ -20,6 +21,8 @@ _COLORS = (
 )
 # Neighbours in the order of curves differ in their dashes too.
 _DASHES = ("-", (0, (5, 1.5)), (0, (1.5, 1)), (0, (5, 1.2, 1.2, 1.2)))
+# Opacity of bands; many over one another hide the lines.
+_CLEAR, _FAINT, _FEW = 0.18, 0.1, 5
 # Points of a curve of a noisy column: each is the mean over its part of the run.
 _SMOOTH_POINTS = 40
 # An update that moves nothing must not stretch the logarithmic axis over decades that hold nothing else.
@@ -56,20 +59,29 @@ def plot_runs(paths: Sequence[Path], out: Path | None = None, metrics: Sequence[
     figure, axes = plt.subplots(
         rows, len(envs), figsize=(5.5 * len(envs), 3.6 * rows), squeeze=False, layout="constrained", dpi=120
     )
+    crowded = False
     for column, env in enumerate(envs):
         axes[0][column].set_title(env)
         curves = [curve for run in runs if run.config["env"] == env for curve in _curves(run)]
+        crowded = len(curves) > _FEW
         for index, (label, lanes, episodes) in enumerate(curves):
             style: dict[str, Any] = {"label": label, "color": _COLORS[index % len(_COLORS)]}
+            if crowded:
+                style.update(linestyle=_DASHES[index % len(_DASHES)], opacity=_FAINT)
             _draw(axes[0][column], *_returns(lanes, episodes), **style)
             for row, name in enumerate(metrics, 1):
                 _draw(axes[row][column], *_by_seed(lanes, "env_steps", name), **style)
         axes[0][column].set_ylabel("return")
         for row, name in enumerate(metrics, 1):
             axes[row][column].set_ylabel(name.replace("_", " "))
-        axes[0][column].legend(frameon=False, fontsize=8)
+            if name.startswith("kl"):
+                axes[row][column].set_yscale("log")
+        if not crowded:
+            axes[0][column].legend(frameon=False, fontsize=8)
         for axis in axes[:, column]:
             _over_env_steps(axis)
+    if crowded:
+        _legend_below(figure, axes[0][-1])
     _save(figure, out)
     return out
 
@@ -92,7 +104,7 @@ def plot_comparison(runs: Sequence[LoadedRun], microseconds: Sequence[float], ti
             "label": name,
             "color": _COLORS[index % len(_COLORS)],
             "linestyle": _DASHES[index % len(_DASHES)],
-            "opacity": 0.18 if len(runs) <= 5 else 0.1,  # many bands over one another hide the lines
+            "opacity": _CLEAR if len(runs) <= _FEW else _FAINT,
         }
         for _, rows, episodes in _curves(run):
             _draw(returns, *_returns(rows, episodes), **style)
@@ -103,8 +115,7 @@ def plot_comparison(runs: Sequence[LoadedRun], microseconds: Sequence[float], ti
     divergence.set_yscale("log")
     for axis in (returns, divergence):
         _over_env_steps(axis)
-    handles, labels = returns.get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=10, frameon=False, handlelength=2.6)
+    _legend_below(figure, returns)
     figure.suptitle(title)
     _draw_bars(clock, names, microseconds)
     _save(figure, out)
@@ -136,6 +147,13 @@ def _pyplot():
     from matplotlib import pyplot
 
     return pyplot
+
+
+def _legend_below(figure, axis) -> None:
+    handles, labels = axis.get_legend_handles_labels()
+    # Panels may differ in their number of seeds.
+    labels = [re.sub(r", \d+ seeds?$", "", label) for label in labels]
+    figure.legend(handles, labels, loc="outside lower center", ncols=5, frameon=False, handlelength=2.6)
 
 
 def _over_env_steps(axis) -> None:
@@ -191,7 +209,7 @@ def _in_parts(x: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return x[[part[-1] for part in parts]], np.stack([y[:, part].mean(1) for part in parts], axis=1)
 
 
-def _draw(axis, x, y, label, color, linestyle="-", opacity=0.18):
+def _draw(axis, x, y, label, color, linestyle="-", opacity=_CLEAR):
     known = ~np.isnan(y).any(0)
     x, y = x[known], y[:, known]
     if not x.size:
