@@ -19,11 +19,12 @@ help:
 demo: $(READY)
 	$(PY) -m pgjax.experiments.demo
 
+# Two processes: each grows to some gigabytes of compiled programs.
 test: $(READY)
-	$(PY) -m pytest -n auto --dist loadfile -m "not slow"
+	$(PY) -m pytest -n 2 --dist loadfile -m "not slow"
 
 test-all: $(READY)
-	$(PY) -m pytest -n auto --dist loadfile
+	$(PY) -m pytest -n 2 --dist loadfile
 
 lint: $(READY)
 	$(PY) -m ruff check .
