@@ -25,9 +25,15 @@ _BRAX = (
     *("ant", "fast", "halfcheetah", "hopper", "humanoid", "humanoidstandup", "inverted_pendulum"),
     *("inverted_double_pendulum", "pusher", "reacher", "swimmer", "walker2d"),
 )
-_NAMES = {"gymnax": _GYMNAX, "brax": _BRAX}
+_MUJOCO = (
+    *("HalfCheetah-v5", "Hopper-v5", "Walker2d-v5", "Ant-v5", "Humanoid-v5", "HumanoidStandup-v5", "Swimmer-v5"),
+    *("Reacher-v5", "Pusher-v5", "InvertedPendulum-v5", "InvertedDoublePendulum-v5"),
+    *("HalfCheetah-v4", "Hopper-v4", "Walker2d-v4", "Ant-v4", "Humanoid-v4", "HumanoidStandup-v4", "Swimmer-v4"),
+    *("Reacher-v4", "Pusher-v4", "InvertedPendulum-v4", "InvertedDoublePendulum-v4"),
+)
+_NAMES = {"gymnax": _GYMNAX, "brax": _BRAX, "mujoco": _MUJOCO}
 # What pip has to install where a library is missing; an extra of pgjax where one exists.
-_REQUIREMENTS = {"gymnax": "gymnax>=1.0.1", "brax": "brax>=0.14.2"}
+_REQUIREMENTS = {"gymnax": "gymnax>=1.0.1", "brax": "brax>=0.14.2", "mujoco": "pgjax[mujoco]"}
 BRAX_BACKENDS = ("spring", "generalized", "positional", "mjx")
 
 # What does not work with the libraries as they are: (name, backend or None for every one) -> why.
@@ -36,6 +42,7 @@ _BROKEN = {
         "it downloads MNIST when it is made and reads pixels above 127 as negative; "
         "pgjax.envs.from_gymnax takes an instance made by hand"
     ),
+    ("mujoco/Pusher-v4", None): "Gymnasium refuses it on MuJoCo 3 and later, where its model behaves otherwise; use Pusher-v5",
     **{
         ("brax/swimmer", backend): "Brax's swimmer accepts only the generalized backend"
         for backend in ("spring", "positional", "mjx")

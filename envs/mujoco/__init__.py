@@ -1,0 +1,88 @@
+"""Adapter for Gymnasium's MuJoCo tasks on a choice of physics engines, under the contract of ``pgjax.types.Environment``.
+
+``tasks.py`` says what each task observes, earns and ends with; ``c_engine.py`` runs it on C MuJoCo, step for step as
+Gymnasium does; ``mjx_engine.py`` on MJX, in JAX or in Warp, on any accelerator.
+"""
+
+import contextlib
+import importlib.util
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import mujoco
+
+from pgjax.envs.mujoco.tasks import TASKS, Task
+from pgjax.errors import RequestError, close_names
+
+PHYSICS = ("c", "mjx", "warp")
+OPTIONS = ("physics", "reset_mode", "episode_length", "num_threads")
+
+
+def registered() -> list[str]:
+    """Names that ``make`` knows."""
+    return list(TASKS)
+
+
+def factory(short_name: str) -> Callable[..., Task]:
+    """The function behind one name; its parameters are options of ``make``."""
+    return TASKS[short_name]
+
+
+def make(
+    short_name: str,
+    *,
+    name: str,
+    physics: str = "c",
+    reset_mode: str | None = None,
+    episode_length: int | None = None,
+    num_threads: int | None = None,
+    **options: Any,
+):
+    """A task on one of the physics engines; ``options`` are the keyword arguments of Gymnasium's constructor.
+
+    Raises:
+        RequestError: an option that is unknown, out of range or of no meaning for these physics, or a missing package.
+    """
+    if physics not in PHYSICS:
+        raise RequestError(f"physics = {physics!r} is unknown: {close_names(str(physics), PHYSICS)}")
+    task = TASKS[short_name](**options)
+    model = load_model(task.xml)
+    if physics == "c":
+        from pgjax.envs.mujoco.c_engine import CMujoco
+
+        if reset_mode not in (None, "exact"):
+            raise RequestError(f"reset_mode = {reset_mode!r} is not for physics = 'c': its starts are exact at no cost")
+        return CMujoco(name, model, task, episode_length=episode_length, num_threads=num_threads)
+    if num_threads is not None:
+        raise RequestError(f"num_threads = {num_threads} is for physics = 'c' only")
+    from pgjax.envs.mujoco.mjx_engine import mjx_env
+
+    return mjx_env(name, model, task, implementation=physics, reset_mode=reset_mode or "pool", episode_length=episode_length)
+
+
+def load_model(xml: str) -> Any:
+    """MuJoCo's model from one of the files that come with Gymnasium.
+
+    Raises:
+        RequestError: Gymnasium is not installed.
+    """
+    # Importing Gymnasium takes a third of a second and is not needed for its files.
+    spec = importlib.util.find_spec("gymnasium")
+    if spec is None or spec.origin is None:
+        raise RequestError("mujoco environments need the package gymnasium, whose models they use: pip install 'pgjax[mujoco]'")
+    path = Path(spec.origin).parent / "envs" / "mujoco" / "assets" / xml
+    with quiet_loading():
+        return mujoco.MjModel.from_xml_path(str(path))
+
+
+@contextlib.contextmanager
+def quiet_loading() -> Iterator[None]:
+    """Loading a dated model, MuJoCo says so, on the terminal and in a file in the working directory; not in here."""
+    library: Any = mujoco  # a compiled module without type information for these
+    previous = library.get_mju_user_warning()
+    library.set_mju_user_warning(lambda message: None)
+    try:
+        yield
+    finally:
+        library.set_mju_user_warning(previous)

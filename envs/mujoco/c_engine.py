@@ -1,0 +1,258 @@
+"""C MuJoCo as a pure function: Gymnasium's tasks bit for bit, on the CPU's cores, inside any jitted program.
+
+A step leaves the device through ``jax.pure_callback``. Nothing is remembered between calls: all that MuJoCo's next step
+depends on, warm start included, is in the environment's state, as the bits of its float64 numbers. So float32 stays
+JAX's default, and a state that was carried by a scan, vmapped, saved and restored goes on bit for bit.
+"""
+
+import os
+import threading
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import mujoco
+import numpy as np
+from flax import struct
+from mujoco.batch import Batch
+
+from pgjax.envs.mujoco.tasks import Physics, Task
+from pgjax.errors import RequestError
+from pgjax.spaces import Box
+from pgjax.types import TimeStep
+
+_STATE = int(mujoco.mjtState.mjSTATE_INTEGRATION)
+_NO_STAGE = int(mujoco.mjtStage.mjSTAGE_NONE)
+
+
+@struct.dataclass
+class Params:
+    """max_episode_steps: int32 [], the time limit in force; at most the environment's static ``max_episode_steps``."""
+
+    max_episode_steps: jax.Array
+
+
+@struct.dataclass
+class State:
+    """State of B environments.
+
+    bits: uint32 [B, 2 * (S + K)], the float64 numbers of MuJoCo's integration state (S) and of what the next reward is
+        compared with (K), each as two words.
+    steps: int32 [B], steps since the start of the episode.
+    """
+
+    bits: jax.Array
+    steps: jax.Array
+
+
+class CMujoco:
+    """An ``Environment`` on C MuJoCo; ``reset_mode`` is ``"exact"``, which costs only the environments that ended.
+
+    Actions that are not finite earn a reward of NaN and act as zeros; MuJoCo itself would zero them silently. A simulation
+    that diverges is set back to the model's initial state by MuJoCo within the step, as in Gymnasium.
+
+    Args:
+        name: public name.  model: MuJoCo's model.  task: what is observed and earned.
+        episode_length: time limit in steps; None means the task's own.
+        num_threads: cores a step uses; None means all that this process may run on.
+
+    Raises:
+        RequestError: an episode length or a number of threads below 1.
+    """
+
+    host_callback = True
+    reset_mode = "exact"
+
+    def __init__(
+        self, name: str, model: Any, task: Task, *, episode_length: int | None = None, num_threads: int | None = None
+    ):
+        episode_length = task.max_episode_steps if episode_length is None else episode_length
+        if episode_length < 1:
+            raise RequestError(f"episode_length = {episode_length} must be at least 1")
+        if num_threads is not None and num_threads < 1:
+            raise RequestError(f"num_threads = {num_threads} must be at least 1; leave it out to use every core")
+        self.name = name
+        self.model = model
+        self.task = task
+        self.max_episode_steps = int(episode_length)
+        self.default_params = Params(np.asarray(episode_length, np.int32))  # pyright: ignore[reportArgumentType]
+        self._pool = _Pool(model, task, num_threads or len(os.sched_getaffinity(0)))
+        self.observation_space = Box((self._pool.observation_size,))
+        self.action_space = Box((model.nu,), *model.actuator_ctrlrange.T.astype(np.float32))
+
+    def __repr__(self) -> str:
+        return f"<{self.name}, physics=c>"
+
+    def reset(self, key: jax.Array, params: Params) -> tuple[State, jax.Array]:
+        """Starts B episodes; ``key`` [B]. Returns the state and obs [B, O]."""
+        del params
+        start = self._starts(key)
+        shapes = (self._struct(key.shape, self._pool.num_words, jnp.uint32), self._struct(key.shape, self._obs_size))
+        bits, obs = jax.pure_callback(self._pool.reset, shapes, start, vmap_method="broadcast_all")
+        return State(bits, jnp.zeros(key.shape, jnp.int32)), obs
+
+    def step(self, key: jax.Array, env_state: State, action: jax.Array, params: Params) -> tuple[State, TimeStep]:
+        """Advances every environment once and restarts those whose episode ended; ``key`` [B], ``action`` [B, A]."""
+        return self.step_presampled(self.presample(key, params), env_state, action, params)
+
+    def refresh(self, key: jax.Array, env_state: State, params: Params) -> State:
+        """The identity: every episode has a start of its own."""
+        del key, params
+        return env_state
+
+    def presample(self, key: jax.Array, params: Params) -> jax.Array:
+        """The starts of the episodes that may begin in steps with these keys [..., B], as [..., B, nq + nv]."""
+        del params
+        return self._starts(key.reshape(-1)).reshape(*key.shape, -1)
+
+    def step_presampled(
+        self, drawn: jax.Array, env_state: State, action: jax.Array, params: Params
+    ) -> tuple[State, TimeStep]:
+        """``step`` with one row of what ``presample`` drew."""
+        batch = env_state.steps.shape
+        steps = env_state.steps + 1
+        out_of_time = steps >= params.max_episode_steps
+        finite = jnp.isfinite(action).all(-1)
+        action = jnp.where(finite[:, None], action, 0.0).astype(jnp.float32)
+        shapes = {
+            "bits": self._struct(batch, self._pool.num_words, jnp.uint32),
+            "floats": self._struct(batch, self._pool.num_floats),
+            "terminated": jax.ShapeDtypeStruct(batch, jnp.bool_),
+        }
+        out = jax.pure_callback(
+            self._pool.step, shapes, env_state.bits, action, drawn, out_of_time, vmap_method="broadcast_all"
+        )
+        obs, final_obs, rest = jnp.split(out["floats"], [self._obs_size, 2 * self._obs_size], axis=-1)
+        reward = jnp.where(finite, rest[:, 0], jnp.nan)
+        metrics = {name: rest[:, 1 + i] for i, name in enumerate(self._pool.metrics)}
+        terminated = out["terminated"]
+        truncated = out_of_time & ~terminated
+        steps = jnp.where(terminated | truncated, 0, steps)
+        return State(out["bits"], steps), TimeStep(obs, reward, terminated, truncated, final_obs, metrics)
+
+    @property
+    def _obs_size(self) -> int:
+        return self._pool.observation_size
+
+    def _starts(self, key: jax.Array) -> jax.Array:
+        return jax.vmap(lambda key: self.task.start(key, self.model))(key).astype(jnp.float32)
+
+    def _struct(self, batch, size, dtype=jnp.float32) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct((*batch, size), dtype)
+
+
+class _Pool:
+    """The host's side: batches of simulations, whose content is overwritten by every call.
+
+    Rows of arguments and results are environments, in any number of leading axes. Calls are serialised.
+    """
+
+    def __init__(self, model: Any, task: Task, num_threads: int):
+        self.model = model
+        self.task = task
+        self.num_threads = num_threads
+        self._batches: dict[int, _Simulations] = {}
+        self._lock = threading.Lock()
+        one = self._simulations(1)
+        physics = one.physics()
+        self.num_state = one.batch.nstate
+        self.observation_size = task.observe(physics).shape[-1]
+        recalled = task.recall(physics)
+        self.num_words = 2 * (self.num_state + recalled.shape[-1])
+        self.metrics = tuple(task.outcome(recalled, physics, np.zeros((1, model.nu))).metrics)
+        self.num_floats = 2 * self.observation_size + 1 + len(self.metrics)
+
+    def reset(self, start: Any) -> tuple[np.ndarray, np.ndarray]:
+        start = np.asarray(start)
+        leading, start = start.shape[:-1], start.reshape(-1, start.shape[-1])
+        words = np.empty((len(start), self.num_words), np.uint32)
+        with self._lock:
+            simulations = self._simulations(len(start))
+            simulations.begin(np.arange(len(start)), start)
+            physics = simulations.physics()
+            obs = self.task.observe(physics).astype(np.float32)
+            self._save(words, simulations, self.task.recall(physics))
+        return words.reshape(*leading, -1), obs.reshape(*leading, -1)
+
+    def step(self, bits: Any, action: Any, start: Any, out_of_time: Any) -> dict[str, np.ndarray]:
+        out_of_time = np.asarray(out_of_time)
+        leading, num = out_of_time.shape, out_of_time.size
+        numbers = np.ascontiguousarray(bits).reshape(num, -1).view(np.float64)
+        action = np.asarray(action, np.float64).reshape(num, -1)
+        words = np.empty((num, self.num_words), np.uint32)
+        floats = np.empty((num, self.num_floats), np.float32)
+        size = self.observation_size
+        with self._lock:
+            simulations = self._simulations(num)
+            simulations.batch.state[:] = numbers[:, : self.num_state]
+            simulations.advance(action)
+            physics = simulations.physics()
+            reward, terminated, metrics = self.task.outcome(numbers[:, self.num_state :], physics, action)
+            obs, recalled = self.task.observe(physics), self.task.recall(physics)
+            floats[:, size : 2 * size] = obs
+            floats[:, 2 * size] = reward
+            for i, value in enumerate(metrics.values()):
+                floats[:, 2 * size + 1 + i] = value
+            ended = np.flatnonzero(terminated | out_of_time.reshape(num))
+            if len(ended):
+                simulations.begin(ended, np.asarray(start).reshape(num, -1)[ended])
+                physics = simulations.physics()
+                obs, recalled = self.task.observe(physics), self.task.recall(physics)
+            floats[:, :size] = obs
+            self._save(words, simulations, recalled)
+        return {
+            "bits": words.reshape(*leading, -1),
+            "floats": floats.reshape(*leading, -1),
+            "terminated": terminated.reshape(leading),
+        }
+
+    def _save(self, words: np.ndarray, simulations: "_Simulations", recalled: np.ndarray) -> None:
+        numbers = words.view(np.float64)
+        numbers[:, : self.num_state] = simulations.batch.state
+        numbers[:, self.num_state :] = recalled
+
+    def _simulations(self, num: int) -> "_Simulations":
+        if num not in self._batches:
+            self._batches[num] = _Simulations(self.model, self.task, num, self.num_threads)
+        return self._batches[num]
+
+
+class _Simulations:
+    """``num`` simulations side by side, with the derived fields that the task reads."""
+
+    def __init__(self, model: Any, task: Task, num: int, num_threads: int):
+        self.model = model
+        self.frame_skip = task.frame_skip
+        # Contact forces on bodies have to be asked for after a step, from MuJoCo's whole data: it must be kept then.
+        self._contact_forces = np.zeros((num, model.nbody, 6)) if "cfrc_ext" in task.reads else None
+        self.batch = Batch(model, num, min(num, num_threads), persistent=self._contact_forces is not None)
+        if self.batch.nstate != mujoco.mj_stateSize(model, _STATE):
+            raise RuntimeError("MuJoCo's batch no longer keeps the integration state that pgjax carries")
+        self._scratch = mujoco.MjData(model) if self._contact_forces is not None else None
+        self._qpos, self._qvel, self._ctrl = (self.batch.bind(name) for name in ("qpos", "qvel", "ctrl"))
+        self._fields = {name: self.batch.bind(name) for name in task.reads if name != "cfrc_ext"}
+        self._bodies = {model.body(i).name: i for i in range(model.nbody)}
+
+    def physics(self) -> Physics:
+        fields = self._fields if self._contact_forces is None else {**self._fields, "cfrc_ext": self._contact_forces}
+        return Physics(np, self.model, self._bodies, self._qpos, self._qvel, **fields)
+
+    def advance(self, action: np.ndarray) -> None:
+        """One step of the task from the states in ``batch.state``. action: [num, nu]."""
+        self._ctrl[:] = action
+        self.batch.step(nstep=self.frame_skip)
+        if self._contact_forces is not None:
+            for i in range(self.batch.nsim):
+                self.batch.get_data(i, self._scratch)
+                mujoco.mj_rnePostConstraint(self.model, self._scratch)
+                self._contact_forces[i] = self._scratch.cfrc_ext
+
+    def begin(self, rows: np.ndarray, start: np.ndarray) -> None:
+        """Begins new episodes in these simulations. start: [len(rows), nq + nv], relative to the model's initial state."""
+        self.batch.reset(rows, stage=_NO_STAGE)
+        self._qpos[rows] += start[:, : self.model.nq]
+        self._qvel[rows] += start[:, self.model.nq :]
+        self.batch.forward(rows)
+        if self._contact_forces is not None:
+            # Gymnasium computes contact forces after a step only.
+            self._contact_forces[rows] = 0.0
