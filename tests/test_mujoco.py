@@ -9,20 +9,12 @@ import numpy as np
 import pytest
 
 import pgjax
+from pgjax.envs.mujoco import quiet_loading
 from pgjax.envs.mujoco.tasks import TASKS
 
 gymnasium = pytest.importorskip("gymnasium")
 
 NUM_ENVS = 2
-
-
-@pytest.fixture(autouse=True)
-def _quiet():
-    """Gymnasium calls its version 4 out of date whenever one is made."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", DeprecationWarning)
-        warnings.filterwarnings("ignore", message=".*out of date.*")
-        yield
 
 
 def rollout(env, num_steps, seed=0, num_envs=NUM_ENVS):
@@ -54,6 +46,14 @@ def numbers(env, bits):
     return state[..., 1 : 1 + nq], state[..., 1 + nq : 1 + nq + nv]
 
 
+def make_original(name, **options):
+    """Gymnasium's environment, without what it and MuJoCo say about dated versions and models."""
+    with warnings.catch_warnings(), quiet_loading():
+        warnings.simplefilter("ignore", DeprecationWarning)
+        warnings.filterwarnings("ignore", message=".*out of date.*")
+        return gymnasium.make(name, **options)
+
+
 def begin(original, qpos, qvel):
     """Starts an episode of Gymnasium's environment in a given state."""
     original.reset(seed=0)
@@ -68,7 +68,7 @@ def check_fidelity(name, num_steps, **options):
     start, first_obs, actions, states, steps = rollout(env, num_steps)
     episodes = 0
     for i in range(NUM_ENVS):
-        original = gymnasium.make(name, **options)
+        original = make_original(name, **options)
         obs = begin(original, *numbers(env, start.bits[i]))
         np.testing.assert_allclose(first_obs[i], obs.astype(np.float32), rtol=1e-6, atol=1e-7)
         for t in range(num_steps):
@@ -78,8 +78,9 @@ def check_fidelity(name, num_steps, **options):
             np.testing.assert_allclose(steps.reward[t, i], reward, rtol=3e-6, atol=3e-6, err_msg=where)
             assert steps.terminated[t, i] == terminated, where
             assert steps.truncated[t, i] == (truncated and not terminated), where
-            for key, value in steps.metrics.items():
-                if key in info:
+            # Version 4 gave other names, and in places other meanings, to what it reports.
+            if name.endswith("-v5"):
+                for key, value in steps.metrics.items():
                     np.testing.assert_allclose(value[t, i], info[key], rtol=3e-6, atol=3e-6, err_msg=f"{where}, {key}")
             if terminated or truncated:
                 episodes += 1
