@@ -1,0 +1,139 @@
+"""Gymnasium's MuJoCo tasks on MJX: the same tasks in float32 on any accelerator, with the physics as a traced parameter.
+
+``implementation="mjx"`` is MJX in JAX, ``"warp"`` MJX on MuJoCo Warp, which is made for NVIDIA GPUs. Neither is bit for
+bit C MuJoCo: docs/mujoco.md has the differences.
+"""
+
+import contextlib
+import importlib.util
+import io
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import mujoco
+import numpy as np
+from flax import struct
+
+from pgjax.envs.auto_reset import AutoReset
+from pgjax.envs.deferred import deferred_imports
+from pgjax.envs.mujoco.tasks import Physics, Task
+from pgjax.errors import RequestError
+from pgjax.spaces import Box
+
+# Wanted for meshes only, which no task has. MuJoCo prints a line when it is imported without its Warp backend.
+_unused = deferred_imports("trimesh", "scipy.spatial", annotations=("trimesh.Trimesh",))
+with _unused, contextlib.redirect_stdout(io.StringIO()):
+    from mujoco import mjx
+
+PyTree = Any
+
+
+@struct.dataclass
+class Params:
+    """What can be swept, randomised or vmapped over lanes.
+
+    model: ``mjx.Model``: masses, gears, friction, gravity.
+    max_episode_steps: int32 [], the time limit in force; at most the environment's static ``max_episode_steps``.
+    """
+
+    model: PyTree
+    max_episode_steps: jax.Array
+
+
+@struct.dataclass
+class State:
+    """One environment. All that MJX's next step depends on is carried, the rest of its data is made anew.
+
+    qpos: [nq].  qvel: [nv].  warmstart: [nv], where the constraint solver begins.
+    recalled: [K], what the next reward is compared with.  steps: int32 [], steps since the start of the episode.
+    """
+
+    qpos: jax.Array
+    qvel: jax.Array
+    warmstart: jax.Array
+    recalled: jax.Array
+    steps: jax.Array
+
+
+def mjx_env(
+    name: str,
+    model: Any,
+    task: Task,
+    *,
+    implementation: str = "mjx",
+    reset_mode: str = "pool",
+    episode_length: int | None = None,
+) -> AutoReset:
+    """An ``Environment`` on MJX.
+
+    MJX has no PGS solver: the humanoids, whose models ask for it, are solved by Newton's method here.
+
+    Args:
+        name: public name.  model: C MuJoCo's model.  task: what is observed and earned.
+        implementation: ``"mjx"`` or ``"warp"``.
+        reset_mode: ``"pool"`` or ``"exact"``, see ``AutoReset``; exact costs a forward pass of the physics in each step.
+        episode_length: time limit in steps; None means the task's own.
+
+    Raises:
+        RequestError: unknown ``reset_mode``, an episode length below 1, or Warp asked for and not installed.
+    """
+    episode_length = task.max_episode_steps if episode_length is None else episode_length
+    if episode_length < 1:
+        raise RequestError(f"episode_length = {episode_length} must be at least 1")
+    impl = {"mjx": "jax", "warp": "warp"}[implementation]
+    if impl == "warp" and importlib.util.find_spec("warp") is None:
+        raise RequestError("physics = 'warp' needs the package warp: pip install 'pgjax[warp]'; physics = 'mjx' does without")
+    supported = with_supported_options(model)
+    template = mjx.make_data(supported, impl=impl)
+    bodies = {model.body(i).name: i for i in range(model.nbody)}
+
+    def physics(params, data) -> Physics:
+        # Some of MuJoCo's fields belong to an implementation's own part of the data.
+        fields = {field: getattr(data if hasattr(data, field) else data._impl, field) for field in task.reads}
+        return Physics(jnp, params.model, bodies, data.qpos, data.qvel, **fields)
+
+    def start(key, params):
+        offset = task.start(key, model)
+        qpos, qvel = jnp.float32(model.qpos0) + offset[: model.nq], offset[model.nq :]
+        data = template.replace(qpos=qpos, qvel=qvel)
+        # MJX normalises quaternions in place where C MuJoCo, and so Gymnasium's first observation, leaves them as drawn.
+        # Contact forces are the template's zeros: Gymnasium computes them after a step only.
+        p = physics(params, mjx.forward(params.model, data).replace(qpos=qpos))
+        return State(qpos, qvel, data.qacc_warmstart, task.recall(p), jnp.int32(0)), task.observe(p)
+
+    def advance(key, state, action, params):
+        del key
+        data = template.replace(qpos=state.qpos, qvel=state.qvel, qacc_warmstart=state.warmstart, ctrl=action)
+        data = jax.lax.fori_loop(0, task.frame_skip, lambda _, data: mjx.step(params.model, data), data)
+        if "cfrc_ext" in task.reads:
+            data = mjx.rne_postconstraint(params.model, data)
+        p = physics(params, data)
+        reward, terminated, metrics = task.outcome(state.recalled, p, action)
+        steps = state.steps + 1
+        truncated = (steps >= params.max_episode_steps) & ~terminated
+        state = State(data.qpos, data.qvel, data.qacc_warmstart, task.recall(p), steps)
+        return state, task.observe(p), reward, terminated, truncated, metrics
+
+    params = Params(mjx.put_model(supported, impl=impl), np.asarray(episode_length, np.int32))  # pyright: ignore
+    obs = jax.eval_shape(lambda key: start(key, params)[1], jax.random.key(0))
+    return AutoReset(
+        name=name,
+        start=start,
+        advance=advance,
+        observation_space=Box(obs.shape),
+        action_space=Box((model.nu,), *model.actuator_ctrlrange.T.astype(np.float32)),
+        max_episode_steps=episode_length,
+        default_params=params,
+        reset_mode=reset_mode,
+        advance_uses_key=False,
+    )
+
+
+def with_supported_options(model: Any) -> Any:
+    """The model with what MJX cannot do replaced: Newton's method for the PGS solver. The given model is not changed."""
+    if model.opt.solver != mujoco.mjtSolver.mjSOL_PGS:
+        return model
+    model = mujoco.MjModel.__copy__(model)
+    model.opt.solver = mujoco.mjtSolver.mjSOL_NEWTON
+    return model

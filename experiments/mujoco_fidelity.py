@@ -1,0 +1,215 @@
+"""How near the MuJoCo tasks are to Gymnasium's: C MuJoCo step by step, MJX one step at a time, policies by their return.
+
+    python -m pgjax.experiments.mujoco_fidelity gymnasium --steps 1000
+    python -m pgjax.experiments.mujoco_fidelity mjx --states 256
+    python -m pgjax.experiments.mujoco_fidelity policy RUN --episodes 50
+
+Each prints the table that docs/mujoco.md shows.
+"""
+
+import argparse
+import warnings
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import mujoco
+import numpy as np
+
+from pgjax.envs import make_env
+from pgjax.envs.mujoco import quiet_loading
+from pgjax.envs.mujoco.tasks import TASKS
+
+
+class Fidelity(NamedTuple):
+    """Largest differences between C MuJoCo here and Gymnasium over ``steps`` steps and ``episodes`` ends of episodes.
+
+    qpos, qvel: of the physics in float64.  obs: of observations, starts of episodes included.  reward: of rewards.
+    metrics: of what ``info`` reports.  ends: steps at which one says terminated or truncated and the other does not.
+    """
+
+    steps: int
+    episodes: int
+    qpos: float
+    qvel: float
+    obs: float
+    reward: float
+    metrics: float
+    ends: int
+
+
+def against_gymnasium(name: str, num_steps: int, num_envs: int = 2, seed: int = 0, **options) -> Fidelity:
+    """Plays the same random actions from the same starts here, as one compiled program, and in Gymnasium.
+
+    Observations and rewards are compared as float32; a reward's difference is relative where it is above 1.
+    """
+    env = make_env(f"mujoco/{name}", **options)
+    first, actions, states, steps = random_rollout(env, num_steps, num_envs, seed)
+    worst = dict.fromkeys(("qpos", "qvel", "obs", "reward", "metrics"), 0.0)
+    episodes = ends = 0
+
+    def note(what, ours, theirs, scale=1.0):
+        worst[what] = max(worst[what], float(np.max(np.abs(np.float64(ours) - theirs)) / scale))
+
+    for i in range(num_envs):
+        original = make_original(name, **options)
+        obs = begin(original, *positions(env, first[0].bits[i]))
+        note("obs", first[1][i], np.float32(obs))
+        for t in range(num_steps):
+            obs, reward, terminated, truncated, info = original.step(actions[t, i])
+            note("obs", steps.final_obs[t, i], np.float32(obs))
+            note("reward", steps.reward[t, i], reward, max(1.0, abs(reward)))
+            # Version 4 gave other names, and in places other meanings, to what it reports.
+            for key, value in steps.metrics.items() if name.endswith("-v5") else ():
+                note("metrics", value[t, i], info[key], max(1.0, abs(info[key])))
+            ends += steps.terminated[t, i] != terminated
+            ends += steps.truncated[t, i] != (truncated and not terminated)
+            if terminated or truncated:
+                episodes += 1
+                obs = begin(original, *positions(env, states.bits[t, i]))
+                note("obs", steps.obs[t, i], np.float32(obs))
+            qpos, qvel = positions(env, states.bits[t, i])
+            note("qpos", qpos, original.unwrapped.data.qpos)
+            note("qvel", qvel, original.unwrapped.data.qvel)
+    return Fidelity(num_steps * num_envs, episodes, **worst, ends=int(ends))
+
+
+def one_step_errors(name: str, num_states: int = 256, seed: int = 0, physics: str = "mjx") -> dict[str, np.ndarray]:
+    """Absolute errors of one step of MJX from states that C MuJoCo visits under random actions; quantity -> errors.
+
+    The quantities are qpos, qvel, obs and reward; ``ends`` counts states after which only one of the two terminates.
+    """
+    from pgjax.envs.mujoco.mjx_engine import State
+
+    env, other = make_env(f"mujoco/{name}"), make_env(f"mujoco/{name}", physics=physics)
+    num_envs = 16
+    first, actions, states, steps = random_rollout(env, num_states // num_envs + 1, num_envs, seed)
+    before = jax.tree.map(lambda x: x[:-1].reshape(-1, *x.shape[2:]), states)
+    action, after = (jax.tree.map(lambda x: x[1:].reshape(-1, *x.shape[2:]), x) for x in (actions, steps))
+    qpos, qvel = positions(env, before.bits)
+    numbers = before.bits.view(np.float64)
+    start, size = 1 + env.model.nq + env.model.nv + env.model.na, env.model.nv
+    recalled = numbers[:, mujoco.mj_stateSize(env.model, int(mujoco.mjtState.mjSTATE_INTEGRATION)) :]
+    warmstart = numbers[:, start : start + size]
+    floats = [jnp.float32(x) for x in (qpos, qvel, warmstart, recalled)]
+    state = State(*floats, jnp.asarray(before.steps))
+
+    @jax.jit
+    def step(state, action):
+        return jax.vmap(other.advance, (None, 0, 0, None))(None, state, action, other.default_params)
+
+    new, obs, reward, terminated, _, _ = step(state, action)
+    # The states after a step that ended an episode are those of the next start.
+    on = ~(after.terminated | after.truncated)
+    next_qpos, next_qvel = positions(env, states.bits[1:].reshape(-1, before.bits.shape[-1]))
+    return {
+        "qpos": np.abs(next_qpos - new.qpos)[on],
+        "qvel": np.abs(next_qvel - new.qvel)[on],
+        "obs": np.abs(after.final_obs - obs),
+        "reward": np.abs(after.reward - reward),
+        "ends": np.asarray(after.terminated != terminated),
+    }
+
+
+def random_rollout(env, num_steps: int, num_envs: int, seed: int):
+    """((state, obs) at the start, actions, states after every step, time steps) as NumPy arrays; one compiled program."""
+
+    @jax.jit
+    def run(key):
+        key_start, key_steps, key_action = jax.random.split(key, 3)
+        low, high = env.action_space.bounds
+        actions = jax.random.uniform(key_action, (num_steps, num_envs, *env.action_space.shape), jnp.float32, low, high)
+        drawn = env.presample(jax.random.split(key_steps, (num_steps, num_envs)), env.default_params)
+        first = env.reset(jax.random.split(key_start, num_envs), env.default_params)
+
+        def body(state, inputs):
+            state, timestep = env.step_presampled(inputs[0], state, inputs[1], env.default_params)
+            return state, (state, timestep)
+
+        return first, actions, *jax.lax.scan(body, first[0], (drawn, actions))[1]
+
+    return jax.tree.map(np.asarray, run(jax.random.key(seed)))
+
+
+def positions(env, bits: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """qpos and qvel in float64 from the bits [..., W] of a state of C MuJoCo."""
+    state = np.ascontiguousarray(bits).view(np.float64)
+    nq, nv = env.model.nq, env.model.nv
+    return state[..., 1 : 1 + nq], state[..., 1 + nq : 1 + nq + nv]
+
+
+def make_original(name: str, **options):
+    """Gymnasium's environment, without what it and MuJoCo say about dated versions and models."""
+    import gymnasium
+
+    with warnings.catch_warnings(), quiet_loading():
+        warnings.simplefilter("ignore", DeprecationWarning)
+        warnings.filterwarnings("ignore", message=".*out of date.*")
+        return gymnasium.make(name, **options)
+
+
+def begin(original, qpos: np.ndarray, qvel: np.ndarray) -> np.ndarray:
+    """Starts an episode of Gymnasium's environment in a given state; its first observation."""
+    original.reset(seed=0)
+    inner = original.unwrapped
+    mujoco.mj_resetData(inner.model, inner.data)
+    inner.set_state(qpos, qvel)
+    return inner._get_obs()
+
+
+def score_in_gymnasium(name: str, act, num_episodes: int, seed: int = 0) -> np.ndarray:
+    """Returns [num_episodes] of ``act(obs [1, O]) -> action [1, A]`` in Gymnasium itself, from its own starts."""
+    original = make_original(name)
+    returns = np.zeros(num_episodes)
+    for episode in range(num_episodes):
+        obs, _ = original.reset(seed=seed + episode)
+        over = False
+        while not over:
+            action = np.asarray(act(np.float32(obs)[None]))[0]
+            obs, reward, terminated, truncated, _ = original.step(action)
+            returns[episode] += reward
+            over = terminated or truncated
+    return returns
+
+
+def _print_gymnasium(names, num_steps: int) -> None:
+    print("| task | steps | episodes ended | qpos | qvel | obs | reward | info | ends that differ |")
+    print("|---|---|---|---|---|---|---|---|---|")
+    for name in names:
+        f = against_gymnasium(name, num_steps)
+        info = f"{f.metrics:.1e}" if name.endswith("-v5") else "–"
+        errors = " | ".join(f"{x:.1e}" if x else "0" for x in (f.qpos, f.qvel, f.obs, f.reward))
+        print(f"| {name} | {f.steps} | {f.episodes} | {errors} | {info} | {f.ends} |", flush=True)
+
+
+def _print_mjx(names, num_states: int, physics: str) -> None:
+    print("| task | quantity | median | 99 % | largest |")
+    print("|---|---|---|---|---|")
+    for name in names:
+        for quantity, errors in one_step_errors(name, num_states, physics=physics).items():
+            if quantity == "ends":
+                print(f"| {name} | ends that differ | {int(errors.sum())} of {len(errors)} | | |", flush=True)
+            else:
+                median, high = np.quantile(errors, [0.5, 0.99])
+                print(f"| {name} | {quantity} | {median:.1e} | {high:.1e} | {errors.max():.1e} |")
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(prog="python -m pgjax.experiments.mujoco_fidelity", description=__doc__.splitlines()[0])
+    parts = parser.add_subparsers(dest="part", required=True)
+    part = parts.add_parser("gymnasium", help="C MuJoCo step by step against Gymnasium")
+    part.add_argument("--tasks", nargs="+", default=list(TASKS), choices=list(TASKS), metavar="TASK")
+    part.add_argument("--steps", type=int, default=1000)
+    part = parts.add_parser("mjx", help="one step of MJX against one of C MuJoCo")
+    part.add_argument("--tasks", nargs="+", default=[t for t in TASKS if t.endswith("-v5")], choices=list(TASKS), metavar="TASK")
+    part.add_argument("--states", type=int, default=256)
+    part.add_argument("--physics", choices=("mjx", "warp"), default="mjx")
+    args = parser.parse_args(argv)
+    if args.part == "gymnasium":
+        _print_gymnasium(args.tasks, args.steps)
+    else:
+        _print_mjx(args.tasks, args.states, args.physics)
+
+
+if __name__ == "__main__":
+    main()
