@@ -4,24 +4,15 @@ PPO whose clip is replaced by the closed form that a meta-learned drift function
 Direct Preference Optimisation, which goes by the same letters.
 """
 
-import dataclasses
-from typing import Literal
-
 import jax
 import jax.numpy as jnp
 
 from pgjax import on_policy
+from pgjax.algorithms.ppo import Setup
 from pgjax.updates import minibatch_sgd, plug
 
 # The two constants are tuned to advantages of unit variance.
 DEFINING = ("normalize_advantage",)
-
-
-@dataclasses.dataclass(frozen=True)
-class Setup(on_policy.Setup):
-    num_epochs: int = 4
-    num_minibatches: int = 4
-    value_loss: Literal["clipped", "squared"] = "clipped"
 
 
 class Hypers(on_policy.Hypers):

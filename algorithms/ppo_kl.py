@@ -10,21 +10,19 @@ import jax
 import jax.numpy as jnp
 
 from pgjax import on_policy
+from pgjax.algorithms import ppo
 from pgjax.updates import masked_mean, minibatch_sgd, plug
 
 DEFINING = ()
 
 
 @dataclasses.dataclass(frozen=True)
-class Setup(on_policy.Setup):
+class Setup(ppo.Setup):
     """kl_direction: the penalty is the ``forward`` KL(old || new) of the paper, or the ``reverse`` KL(new || old).
 
     kl_rule: how β moves: as in the ``paper``; ``modular_rl``, the first author's older code; or ``fixed``.
     """
 
-    num_epochs: int = 4
-    num_minibatches: int = 4
-    value_loss: Literal["clipped", "squared"] = "clipped"
     kl_direction: Literal["forward", "reverse"] = "forward"
     kl_rule: Literal["paper", "modular_rl", "fixed"] = "paper"
 

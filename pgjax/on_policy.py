@@ -190,6 +190,7 @@ class Core(NamedTuple):
     """The static things every part needs.
 
     networks: take ravelled parameters, ``ActorCritic`` of two vectors.  unravel: those to the networks' trees.
+    tree_policy: ``networks.policy`` on such a tree, for loops in which the parameters stay the same.
     action_map: policy-space actions to the environment's bounds.
     """
 
@@ -197,6 +198,7 @@ class Core(NamedTuple):
     setup: Any
     networks: Networks
     unravel: Callable[[ActorCritic], ActorCritic]
+    tree_policy: Callable[[ActorCritic, jax.Array], Any]
     action_map: Callable[[jax.Array], jax.Array]
 
 
@@ -237,8 +239,9 @@ def make(
         torso=setup.torso,
         shared_torso=setup.shared_torso,
     )
+    tree_policy = networks.policy
     networks, unravel = ravelled(networks)
-    core = Core(env, setup, networks, unravel, make_action_map(action_map_name(setup, env), env.action_space))
+    core = Core(env, setup, networks, unravel, tree_policy, make_action_map(action_map_name(setup, env), env.action_space))
     estimate = estimate or gae_estimate
 
     def init(key, hypers, env_params=None):
@@ -348,7 +351,8 @@ def collect(core: Core, keys, state: State, hypers: Hypers):
 
     # All random numbers of the rollout are drawn before the scan, in a few large operations instead of many small ones.
     shape = (setup.num_steps, setup.num_envs)
-    noise = core.networks.policy(learner.params, normalize(state.obs)).draw_noise(key_action, shape[:1])
+    params = core.unravel(learner.params)  # here, or it would be done again in every step
+    noise = core.tree_policy(params, normalize(state.obs)).draw_noise(key_action, shape[:1])
     keys = jax.random.split(key_env, shape)
     presample = getattr(env, "presample", None)
     draws, env_step = keys, env.step
@@ -358,7 +362,7 @@ def collect(core: Core, keys, state: State, hypers: Hypers):
     def step(carry, draw):
         env_state, obs, episode_return, episode_length = carry
         draw_env, noise = draw
-        dist = core.networks.policy(learner.params, normalize(obs))
+        dist = core.tree_policy(params, normalize(obs))
         action = dist.sample_with(noise)
         env_state, timestep = env_step(draw_env, env_state, core.action_map(action), env_params)
         episode_return = episode_return + timestep.reward

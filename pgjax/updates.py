@@ -115,10 +115,15 @@ def shuffled(setup, key: jax.Array, num_epochs: int) -> jax.Array | None:
         return None
     num = setup.num_envs * (setup.num_steps if setup.minibatch_by == "transition" else 1)
     # All epochs in one draw and one sort: every further one costs compile time, and this is on the way of every start.
-    # Sorting by random words is a uniform permutation but for ties, so large batches get two words for each sample.
+    # Sorting by random words is a uniform permutation but for ties, so large batches get two words for each sample. The
+    # sample's number takes the lowest bits of the last word: a CPU sorts single words five times faster than pairs.
     words = jax.random.bits(key, (1 if num <= 1 << 10 else 2, num_epochs, num))
-    order = jnp.broadcast_to(jnp.arange(num, dtype=jnp.int32), (num_epochs, num))
-    *_, order = jax.lax.sort((*words, order), dimension=1, num_keys=len(words), is_stable=False)
+    mask = jnp.uint32((1 << (num - 1).bit_length()) - 1)
+    # Numbers are crossed with random bits, one pattern for each epoch, which makes the order of tied samples random too.
+    pattern = words[-1, :, :1] & mask
+    last = (words[-1] & ~mask) | (jnp.arange(num, dtype=jnp.uint32) ^ pattern)
+    *_, last = jax.lax.sort((*words[:-1], last), dimension=1, num_keys=len(words), is_stable=False)
+    order = ((last & mask) ^ pattern).astype(jnp.int32)
     return order.reshape(num_epochs * setup.num_minibatches, -1)
 
 
@@ -158,10 +163,11 @@ def minibatch_sgd(
             # The clipped value loss stays around the value at the rollout.
             return jax.lax.stop_gradient(again.replace(value=batch.value))
 
-        def minibatch_step(carry, step, samples):
-            number, index = step
+        reported = ["loss_policy", "kl_sampled", "grad_norm", *(["loss_value"] if batch.value_target is not None else [])]
+
+        def minibatch_step(carry, step):
+            number, minibatch = step
             params, opt_state, extra, lr_scale, active = carry
-            minibatch = pick(setup, samples, index)
             if setup.advantage_recompute == "minibatch":
                 minibatch = reestimate(params, minibatch)
             minibatch = flat(setup, minibatch)
@@ -193,35 +199,43 @@ def minibatch_sgd(
             if setup.early_stop != "off":
                 # A masked step of fixed length: under vmap a loop that ends early would wait for the slowest lane.
                 stepped = jax.tree.map(lambda new, old: jnp.where(active, new, old), stepped, (params, opt_state, extra))
-            out = {**parts, "grad_norm": norm, "taken": active.astype(jnp.float32)}
+            parts["grad_norm"] = norm
+            # One array for all: storing each number is a kernel of its own.
+            out = jnp.stack([parts[name] for name in reported]), active
             if setup.early_stop == "epoch":
                 last = (number + 1) % setup.num_minibatches == 0
                 active = active & ~(last & (kl > hypers.target_kl))
             return (*stepped, lr_scale, active), out
 
-        def run_steps(carry, steps):
+        def prepare(params):
             data = batch
             if setup.advantage_recompute == "epoch":
-                data = reestimate(carry[0], batch)
+                data = reestimate(params, batch)
             if setup.normalize_advantage == "batch":
                 data = normalize_advantage(setup, data)
-            samples = samples_of(setup, data)
-            return jax.lax.scan(lambda carry, step: minibatch_step(carry, step, samples), carry, steps)
+            return samples_of(setup, data)
 
+        def epoch(carry, steps):
+            numbers, index = steps
+            samples = prepare(carry[0]) if prepared is None else prepared
+            # All minibatches of an epoch are picked at once: a gather in every step would cost a kernel for each array.
+            if index is None:
+                minibatches = jax.tree.map(lambda x: x[None], pick(setup, samples, None))
+            else:
+                minibatches = jax.vmap(lambda index: pick(setup, samples, index))(index)
+            return jax.lax.scan(minibatch_step, carry, (numbers, minibatches))
+
+        prepared = None if setup.advantage_recompute == "epoch" else prepare(params)
         key_permute, key_entropy = jax.random.split(key)
-        indices = shuffled(setup, key_permute, setup.num_epochs)
-        steps = (jnp.arange(setup.num_epochs * setup.num_minibatches), indices)
+        steps = (jnp.arange(setup.num_epochs * setup.num_minibatches), shuffled(setup, key_permute, setup.num_epochs))
+        steps = jax.tree.map(lambda x: x.reshape(setup.num_epochs, setup.num_minibatches, *x.shape[1:]), steps)
         carry = (params, learner.opt_state, learner.extra, learner.lr_scale, jnp.ones((), bool))
-        if setup.advantage_recompute == "epoch":
-            steps = jax.tree.map(lambda x: x.reshape(setup.num_epochs, setup.num_minibatches, *x.shape[1:]), steps)
-            carry, out = jax.lax.scan(run_steps, carry, steps)
-        else:
-            carry, out = run_steps(carry, steps)
+        carry, (out, taken) = jax.lax.scan(epoch, carry, steps)
         params, opt_state, extra, lr_scale, _ = carry
         learner = learner.replace(params=params, opt_state=opt_state, extra=extra, lr_scale=lr_scale)
-        taken = out.pop("taken")
-        weight = taken / jnp.maximum(taken.sum(), 1)
-        out = {name: (value * weight).sum() for name, value in out.items()}
+        taken = taken.astype(jnp.float32)[..., None]
+        out = (out * taken).sum((0, 1)) / jnp.maximum(taken.sum(), 1)
+        out = {name: out[i] for i, name in enumerate(reported)}
         out["learning_rate"] = learning_rate * lr_scale
         if setup.early_stop != "off":
             out["steps_taken"] = taken.mean()

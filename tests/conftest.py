@@ -17,6 +17,8 @@ os.environ["XLA_FLAGS"] = " ".join(
 import jax
 import pytest
 
+from pgjax import cli
+
 
 @pytest.fixture
 def strict():
@@ -44,3 +46,31 @@ def compile_once(tmp_path_factory):
         jax.config.update("jax_compilation_cache_dir", folder)
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
         yield
+
+
+@pytest.fixture
+def answer(capsys):
+    """``answer(argv) -> (exit code, what stderr said)``: what is wrong is said in one line, without a traceback."""
+
+    def answer(argv):
+        code = cli._main(argv)
+        said = capsys.readouterr().err.strip()
+        assert len(said.splitlines()) == (1 if code else 0), said
+        return code, said
+
+    return answer
+
+
+@pytest.fixture
+def refuse(answer, tmp_path, monkeypatch):
+    """``refuse(argv, words)``: a wrong request ends in code 2, says every word, and writes nothing."""
+
+    def refuse(argv, words):
+        monkeypatch.chdir(tmp_path)
+        code, said = answer(argv)
+        assert code == 2, said
+        for word in words:
+            assert word in said
+        assert not list(tmp_path.iterdir()), "nothing may be written for a wrong request"
+
+    return refuse

@@ -200,14 +200,6 @@ def test_text_of_another_type_is_refused():
 COMPARE = ["compare", "--env", ENV]
 
 
-def answer(capsys, argv):
-    """``(exit code, what stderr said)``: one line, no traceback."""
-    code = cli._main(argv)
-    said = capsys.readouterr().err.strip()
-    assert len(said.splitlines()) == (1 if code else 0), said
-    return code, said
-
-
 @pytest.mark.parametrize(
     ("argv", "words"),
     [
@@ -236,22 +228,17 @@ def answer(capsys, argv):
         (["compare", "--out", "nowhere", "--resume"], ["nowhere", "no comparison"]),
     ],
 )
-def test_a_wrong_request_is_answered_in_one_line(capsys, tmp_path, monkeypatch, argv, words):
-    monkeypatch.chdir(tmp_path)
-    code, said = answer(capsys, argv)
-    assert code == 2, said
-    for word in words:
-        assert word in said
-    assert not list(tmp_path.iterdir()), "nothing may be written for a wrong request"
+def test_a_wrong_request_is_answered_in_one_line(refuse, argv, words):
+    refuse(argv, words)
 
 
-def test_a_folder_that_is_not_empty_is_refused(capsys, finished, tmp_path):
-    code, said = answer(capsys, [*ARGUMENTS, "--out", str(finished)])
+def test_a_folder_that_is_not_empty_is_refused(answer, finished, tmp_path):
+    code, said = answer([*ARGUMENTS, "--out", str(finished)])
     assert code == 2 and "holds a comparison" in said and "--resume" in said
     (tmp_path / "mine.txt").write_text("mine")
-    code, said = answer(capsys, [*ARGUMENTS, "--out", str(tmp_path)])
+    code, said = answer([*ARGUMENTS, "--out", str(tmp_path)])
     assert code == 2 and "mine.txt" in said
-    code, said = answer(capsys, [*ARGUMENTS, "--out", str(tmp_path / "mine.txt")])
+    code, said = answer([*ARGUMENTS, "--out", str(tmp_path / "mine.txt")])
     assert code == 2 and "is a file" in said
     assert [path.name for path in tmp_path.iterdir()] == ["mine.txt"]
 
@@ -265,13 +252,13 @@ def test_a_folder_that_is_not_empty_is_refused(capsys, finished, tmp_path):
         (["--algorithms", "reinforce"], ["algorithms is ppo a2c", "ppo a2c reinforce"]),
     ],
 )
-def test_another_request_is_refused_by_resume(capsys, finished, change, words):
+def test_another_request_is_refused_by_resume(answer, finished, change, words):
     before = {path: path.stat().st_mtime_ns for path in finished.rglob("*") if path.is_file()}
-    code, said = answer(capsys, [*ARGUMENTS, *change, "--out", str(finished), "--resume"])
+    code, said = answer([*ARGUMENTS, *change, "--out", str(finished), "--resume"])
     assert code == 2
     for word in words:
         assert word in said
-    code, said = answer(capsys, ["compare", "--out", str(finished), "--resume", "--seeds", "5"])
+    code, said = answer(["compare", "--out", str(finished), "--resume", "--seeds", "5"])
     assert code == 2 and "--seeds" in said
     assert {path: path.stat().st_mtime_ns for path in finished.rglob("*") if path.is_file()} == before
 
@@ -356,13 +343,13 @@ def test_an_interrupted_comparison_goes_on_where_it_was(capsys, finished, runs, 
     assert (folder / "compare.md").exists() and (folder / "compare.png").exists()
 
 
-def test_a_run_that_is_not_the_comparisons_is_refused(capsys, finished, tmp_path):
+def test_a_run_that_is_not_the_comparisons_is_refused(answer, finished, tmp_path):
     folder = tmp_path / "comparison"
     shutil.copytree(finished, folder)
     held = json.loads((folder / "ppo" / "run.json").read_text())
     held["config"]["total_env_steps"] = 1280
     (folder / "ppo" / "run.json").write_text(json.dumps(held))
-    code, said = answer(capsys, ["compare", "--out", str(folder), "--resume"])
+    code, said = answer(["compare", "--out", str(folder), "--resume"])
     assert code == 2 and "total_env_steps" in said
 
 
