@@ -31,10 +31,20 @@ _MUJOCO = (
     *("HalfCheetah-v4", "Hopper-v4", "Walker2d-v4", "Ant-v4", "Humanoid-v4", "HumanoidStandup-v4", "Swimmer-v4"),
     *("Reacher-v4", "Pusher-v4", "InvertedPendulum-v4", "InvertedDoublePendulum-v4"),
 )
-_NAMES = {"gymnax": _GYMNAX, "brax": _BRAX, "mujoco": _MUJOCO}
+_PLAYGROUND = (
+    *("AcrobotSwingup", "AcrobotSwingupSparse", "BallInCup", "CartpoleBalance", "CartpoleBalanceSparse", "CartpoleSwingup"),
+    *("CartpoleSwingupSparse", "CheetahRun", "FingerSpin", "FingerTurnEasy", "FingerTurnHard", "FishSwim", "HopperHop"),
+    *("HopperStand", "HumanoidStand", "HumanoidWalk", "HumanoidRun", "PendulumSwingup", "PointMass", "ReacherEasy"),
+    *("ReacherHard", "SwimmerSwimmer6", "WalkerRun", "WalkerStand", "WalkerWalk"),
+)
+_NAMES = {"gymnax": _GYMNAX, "brax": _BRAX, "mujoco": _MUJOCO, "playground": _PLAYGROUND}
+# The module to import, where it is not named like the library here.
+_MODULES = {"playground": "mujoco_playground"}
 # What pip has to install where a library is missing; an extra of pgjax where one exists.
 _REQUIREMENTS = {"gymnax": "gymnax>=1.0.1", "brax": "brax>=0.14.2", "mujoco": "pgjax[mujoco]"}
+_REQUIREMENTS["playground"] = "pgjax[playground]"
 BRAX_BACKENDS = ("spring", "generalized", "positional", "mjx")
+PLAYGROUND_IMPLS = ("jax", "warp")
 
 # What does not work with the libraries as they are: (name, backend or None for every one) -> why.
 _BROKEN = {
@@ -56,7 +66,7 @@ class EnvEntry(NamedTuple):
     """One line of ``list_envs``.
 
     name: what ``make_env`` takes.  library: the part before the slash.
-    backends: physics backends that work, the default one first; empty where there is no choice.
+    backends: physics backends (Playground: implementations) that work, the default one first; empty where there is no choice.
     broken: backend -> why it does not work; the key "" means the environment as a whole.
     """
 
@@ -73,7 +83,8 @@ def list_envs() -> list[EnvEntry]:
         for short in names:
             name = f"{library}/{short}"
             broken = {backend or "": why for (n, backend), why in _BROKEN.items() if n == name}
-            backends = tuple(b for b in BRAX_BACKENDS if b not in broken) if library == "brax" else ()
+            backends = {"brax": BRAX_BACKENDS, "playground": PLAYGROUND_IMPLS}.get(library, ())
+            backends = tuple(b for b in backends if b not in broken)
             entries.append(EnvEntry(name, library, backends, broken))
     return entries + [EnvEntry(name, name.partition("/")[0], (), {}) for name in _registered]
 
@@ -101,7 +112,9 @@ def make_env(name: str, **options: Any):
 
     Options of every gymnax environment: ``reset_mode`` (default ``"exact"``), ``episode_length`` in steps, and what its
     constructor takes. Of every Brax one: ``backend`` (default ``"spring"`` where it works), ``reset_mode`` (default
-    ``"pool"``), ``episode_length`` (default 1000) and what its constructor takes.
+    ``"pool"``), ``episode_length`` (default 1000) and what its constructor takes. Of every Playground one: ``impl``
+    (default ``"jax"``), ``reset_mode`` (default ``"pool"``), ``episode_length``, ``action_repeat`` and what its
+    configuration has, such as ``ctrl_dt`` and ``sim_dt``.
 
     Raises:
         RequestError: unknown name, unknown option, a combination that does not work, or a library that is missing.
@@ -114,7 +127,7 @@ def make_env(name: str, **options: Any):
     adapter = None
     if short not in _NAMES.get(library, ()):
         # Somebody may have registered it with the library itself, who then has imported the library already.
-        adapter = _adapter(library) if library in _NAMES and library in sys.modules else None
+        adapter = _adapter(library) if library in _NAMES and _MODULES.get(library, library) in sys.modules else None
         if adapter is None or short not in adapter.registered():
             raise RequestError(f"environment = {name!r} is unknown: {_close_envs(name)}")
     if (name, None) in _BROKEN:
@@ -169,6 +182,7 @@ def _check_options(name: str, options: dict, factory: Callable, shared: tuple[st
 def __getattr__(attribute: str):
     # Importing a library for its adapter takes a second or more, so it waits for the first use.
     homes = {"from_gymnax": "gymnax", "from_brax": "brax", "AutoReset": "auto_reset", "change_params": "params"}
+    homes["from_playground"] = "playground"
     home = homes.get(attribute)
     if home is None:
         raise AttributeError(f"module {__name__!r} has no attribute {attribute!r}")

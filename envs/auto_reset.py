@@ -57,6 +57,8 @@ class AutoReset:
         max_episode_steps: static upper bound of an episode's length, in steps.
         default_params: pytree of concrete arrays, passed to ``start`` and ``advance``.
         reset_mode: ``"exact"`` or ``"pool"``.
+        refresh_size: starts that ``refresh`` renews, a stretch of the pool at a random place; the whole pool if None. For
+            environments whose ``start`` costs many steps.
         advance_uses_key: whether ``advance`` draws random numbers. Without one, the step's key goes to the restart
             unsplit, which saves a round of key hashing per step. None traces ``advance`` once to find out.
 
@@ -80,6 +82,7 @@ class AutoReset:
         default_params: PyTree = None,
         reset_mode: str = "exact",
         advance_uses_key: bool | None = None,
+        refresh_size: int | None = None,
     ):
         if reset_mode not in RESET_MODES:
             raise RequestError(f"reset_mode = {reset_mode!r} is unknown: {close_names(str(reset_mode), RESET_MODES)}")
@@ -89,6 +92,7 @@ class AutoReset:
         self.max_episode_steps = int(max_episode_steps)
         self.default_params = default_params
         self.reset_mode = reset_mode
+        self.refresh_size = refresh_size
         self._start = start
         self._advance = advance
         if advance_uses_key is None:
@@ -172,10 +176,20 @@ class AutoReset:
         return env_state, TimeStep(obs, _as(reward, jnp.float32), terminated, truncated, final_obs, metrics)
 
     def refresh(self, key: jax.Array, env_state: PyTree, params: PyTree) -> PyTree:
-        """Draws the whole pool anew from one key, leaving running episodes alone; the identity in mode ``"exact"``."""
+        """Draws the pool anew from one key, leaving running episodes alone; the identity in mode ``"exact"``."""
         if self.reset_mode == "exact":
             return env_state
-        pool_state, pool_obs = self._starts(jax.random.split(key, env_state.pool_obs.shape[0]), params)
+        size = env_state.pool_obs.shape[0]
+        if self.refresh_size is None or self.refresh_size >= size:
+            pool_state, pool_obs = self._starts(jax.random.split(key, size), params)
+        else:
+            key_place, key_starts = jax.random.split(key)
+            place = (jax.random.randint(key_place, (), 0, size) + jnp.arange(self.refresh_size)) % size
+            pool_state, pool_obs = jax.tree.map(
+                lambda pool, fresh: pool.at[place].set(fresh),
+                (env_state.pool_state, env_state.pool_obs),
+                self._starts(jax.random.split(key_starts, self.refresh_size), params),
+            )
         return env_state.replace(pool_state=pool_state, pool_obs=pool_obs)
 
     def _starts(self, key: jax.Array, params: PyTree) -> tuple[PyTree, jax.Array]:

@@ -8,7 +8,6 @@ steps itself, and ``AutoReset`` does the rest.
 import contextlib
 import copy
 import inspect
-import io
 import types
 import warnings
 from typing import Any
@@ -19,17 +18,13 @@ import numpy as np
 from flax import struct
 
 from pgjax.envs.auto_reset import AutoReset
-from pgjax.envs.deferred import deferred_imports
+from pgjax.envs.mjx_tools import flat_obs, light_imports, quiet_loading
 from pgjax.errors import RequestError
 from pgjax.spaces import Box
 
-# MJX wants these only for meshes, which no Brax task has; they cost as much as Brax itself. MuJoCo prints a line when
-# it is imported without its Warp backend, which is not used here.
-_unused = deferred_imports("trimesh", "scipy.spatial", annotations=("trimesh.Trimesh",))
-with _unused, contextlib.redirect_stdout(io.StringIO()):
+with light_imports():
     import brax.envs
     import brax.fluid
-    import mujoco
 
 PyTree = Any
 
@@ -81,7 +76,7 @@ def from_brax(env, episode_length: int = 1000, reset_mode: str = "pool", name: s
 
     def start(key, params):
         state = _with_sys(env, params.sys).reset(key)
-        return State(state, jnp.int32(0)), _flat(state.obs)
+        return State(state, jnp.int32(0)), flat_obs(state.obs)
 
     def advance(key, state, action, params):
         del key
@@ -90,7 +85,7 @@ def from_brax(env, episode_length: int = 1000, reset_mode: str = "pool", name: s
         steps = state.steps + 1
         terminated = jnp.asarray(stepped.done) > 0.5
         truncated = (steps >= params.max_episode_steps) & ~terminated
-        return State(stepped, steps), _flat(stepped.obs), stepped.reward, terminated, truncated, dict(stepped.metrics)
+        return State(stepped, steps), flat_obs(stepped.obs), stepped.reward, terminated, truncated, dict(stepped.metrics)
 
     params = Params(sys, np.asarray(episode_length, np.int32))  # pyright: ignore[reportArgumentType]
     obs = jax.eval_shape(lambda key: start(key, params)[1], jax.random.key(0))
@@ -129,19 +124,10 @@ def make(short_name: str, *, name: str, reset_mode: str = "pool", episode_length
 
 @contextlib.contextmanager
 def _quiet_loading():
-    """Loading a model, Brax warns that it is no longer maintained, and MuJoCo that the model is dated.
-
-    MuJoCo would also write its warning to a file in the working directory.
-    """
-    library: Any = mujoco  # a compiled module without type information for these
-    previous = library.get_mju_user_warning()
-    library.set_mju_user_warning(lambda message: None)
-    try:
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message="Brax System")
-            yield
-    finally:
-        library.set_mju_user_warning(previous)
+    """Loading a model, Brax warns that it is no longer maintained, and MuJoCo that the model is dated."""
+    with warnings.catch_warnings(), quiet_loading():
+        warnings.filterwarnings("ignore", message="Brax System")
+        yield
 
 
 def _with_sys(env, sys: PyTree):
@@ -152,9 +138,3 @@ def _with_sys(env, sys: PyTree):
     elif sys is not None:
         env.sys = sys
     return env
-
-
-def _flat(obs) -> jax.Array:
-    if not isinstance(obs, dict):
-        return jnp.asarray(obs, jnp.float32)
-    return jnp.concatenate([jnp.ravel(jnp.asarray(x, jnp.float32)) for x in jax.tree.leaves(obs)])

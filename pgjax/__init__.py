@@ -32,6 +32,7 @@ _PUBLIC = {
     "make_env": "pgjax.envs",
     "from_gymnax": "pgjax.envs.gymnax",
     "from_brax": "pgjax.envs.brax",
+    "from_playground": "pgjax.envs.playground",
     "change_params": "pgjax.envs.params",
     "check_env": "pgjax.env_checks",
     "check_drift": "pgjax.mirror_learning",

@@ -1,7 +1,8 @@
 """Presets: what differs from an algorithm's defaults, one TOML file per environment or per published setting.
 
 A file such as ``gymnax-CartPole-v1.toml`` has a table per algorithm, with ``total_env_steps``, ``setup``, ``hypers`` and
-``env_options``; ``reached`` records what it was seen to reach, and by which command.
+``env_options``; ``reached`` records what it was seen to reach, and by which command. A file for several environments has
+``names`` in place of ``name``, and what differs for one of them in ``[differences."NAME".ALGORITHM]``.
 """
 
 import tomllib
@@ -20,8 +21,18 @@ def list_presets() -> dict[str, dict[str, Any]]:
     for path in sorted(_FOLDER.glob("*.toml")):
         with path.open("rb") as file:
             content = tomllib.load(file)
-        presets[content.pop("name")] = content
+        differences = content.pop("differences", {})
+        for name in content.pop("names", None) or [content.pop("name")]:
+            presets[name] = _merged(content, differences.get(name, {}))
     return presets
+
+
+def _merged(common: dict[str, Any], own: dict[str, Any]) -> dict[str, Any]:
+    """``common`` with ``own`` over it, table by table; neither is changed."""
+    merged = {key: _merged(value, {}) if isinstance(value, dict) else value for key, value in common.items()}
+    for key, value in own.items():
+        merged[key] = _merged(merged.get(key, {}), value) if isinstance(value, dict) else value
+    return merged
 
 
 def find(name: str, algorithm: str, env: str) -> dict[str, Any]:
