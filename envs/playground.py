@@ -84,9 +84,8 @@ def from_playground(
     Raises:
         RequestError: unknown ``reset_mode``, an episode length or repetition below 1, or an ``env`` without a model.
     """
-    for field, number in (("episode_length", episode_length), ("action_repeat", action_repeat)):
-        if isinstance(number, bool) or not isinstance(number, int | np.integer) or number < 1:
-            raise RequestError(f"{field} = {number!r} must be a whole number of at least 1")
+    _check_count("episode_length", episode_length)
+    _check_count("action_repeat", action_repeat)
     task = env.unwrapped
     if not hasattr(task, "_mjx_model"):
         raise RequestError(f"env = {type(task).__name__} keeps no model in _mjx_model; Playground's tasks do")
@@ -195,7 +194,8 @@ def make(
     if round(ctrl_dt / sim_dt) < 1 or abs(ctrl_dt / sim_dt - round(ctrl_dt / sim_dt)) > 1e-3:
         raise RequestError(f"ctrl_dt = {ctrl_dt} is not a whole number of sim_dt = {sim_dt}; change one of them")
     action_repeat = config.action_repeat if action_repeat is None else action_repeat
-    if episode_length is None and isinstance(action_repeat, int) and action_repeat >= 1:
+    _check_count("action_repeat", action_repeat)
+    if episode_length is None:
         episode_length = -(-config.episode_length // action_repeat)
     if impl == "warp":
         _use_warp()
@@ -204,6 +204,11 @@ def make(
     # The whole pool where a start is cheap.
     share = _SHARE_RENEWED if short_name in _STEPS_TO_START else None
     return from_playground(env, episode_length, reset_mode, name, action_repeat, share)
+
+
+def _check_count(field: str, number: Any) -> None:
+    if isinstance(number, bool) or not isinstance(number, int | np.integer) or number < 1:
+        raise RequestError(f"{field} = {number!r} must be a whole number of at least 1")
 
 
 def _settings(short_name: str) -> dict[str, Any]:
@@ -262,7 +267,7 @@ def _use_warp() -> None:
     try:
         import warp
 
-        warp.config.quiet = True
+        warp.config.log_level = warp.LOG_WARNING  # it tells of each of some fifty kernels
         warp.init()
         mjx_warp.types.GraphMode = warp.JaxCallableGraphMode
     except Exception as error:

@@ -181,9 +181,9 @@ def test_every_preset_builds(name, algorithm):
     assert algorithm in list_algorithms()
     continuous = preset.get("setup", {}).get("normalize_obs", False)
     env = name if "/" in name else "gymnax/Pendulum-v1" if continuous else "gymnax/CartPole-v1"
-    if env.startswith("brax/"):
-        # Making a Brax environment takes seconds; its settings are checked on another continuous task.
-        assert preset["env_options"]["backend"] == "spring"
+    if env.startswith(("brax/", "playground/")):
+        # Making a physics environment takes seconds; its settings are checked on another continuous task.
+        assert env.startswith("playground/") or preset["env_options"]["backend"] == "spring"
         env, options = "gymnax/Pendulum-v1", {}
     else:
         options = preset.get("env_options", {})
