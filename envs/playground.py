@@ -195,15 +195,14 @@ def make(
         raise RequestError(f"ctrl_dt = {ctrl_dt} is not a whole number of sim_dt = {sim_dt}; change one of them")
     action_repeat = config.action_repeat if action_repeat is None else action_repeat
     _check_count("action_repeat", action_repeat)
-    if episode_length is None:
-        episode_length = -(-config.episode_length // action_repeat)
+    limit = -(-config.episode_length // action_repeat) if episode_length is None else episode_length
     if impl == "warp":
         _use_warp()
     with quiet_loading():
         env = mujoco_playground.dm_control_suite.load(short_name, config, {"impl": impl, **overrides})
     # The whole pool where a start is cheap.
     share = _SHARE_RENEWED if short_name in _STEPS_TO_START else None
-    return from_playground(env, episode_length, reset_mode, name, action_repeat, share)
+    return from_playground(env, limit, reset_mode, name, action_repeat, share)
 
 
 def _check_count(field: str, number: Any) -> None:

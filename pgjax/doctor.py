@@ -9,7 +9,7 @@ _NEEDED = (
     "jax jaxlib flax optax distrax chex gymnax brax mujoco mujoco-mjx orbax-checkpoint pandas pyarrow matplotlib scipy tyro "
     "rich filelock"
 ).split()
-_EXTRAS = {"gymnasium": "mujoco", "tensorboardX": "tensorboard", "wandb": "wandb"}
+_EXTRAS = {"gymnasium": "mujoco", "playground": "playground", "tensorboardX": "tensorboard", "wandb": "wandb"}
 
 
 def examine(say: Callable[[str], None]) -> int:

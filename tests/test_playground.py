@@ -206,66 +206,85 @@ def rollout_traced(env, params, actions):
 
 @pytest.fixture(scope="module")
 def cartpole():
-    return make_env("playground/CartpoleBalance", episode_length=8)
+    """CartpoleBalance in two programs that all tests share, because compiling physics is what takes the time.
+
+    ours: ``(first_obs, pool_obs, steps)`` of two lanes, the second with little gravity.  raw: ``(starts, steps)`` of
+    Playground's own environment, the same starts first.
+    """
+    num_envs, num_steps = 128, 10
+    env = make_env("playground/CartpoleBalance", episode_length=8)
+    raw = dm_control_suite.load("CartpoleBalance", config_overrides={"impl": "jax"})
+    actions = jax.random.uniform(jax.random.key(2), (num_steps, num_envs, 1), minval=-1.0, maxval=1.0)
+    lanes = stack(env.default_params, change_params(env, {"model.opt.gravity": [0.0, 0.0, -1.0]}))
+
+    def ours(params):
+        state, obs = env.reset(keys(0, num_envs), params)
+        step_keys = keys(1, num_steps, num_envs)
+        steps = jax.lax.scan(lambda s, x: env.step(x[0], s, x[1], params), state, (step_keys, actions))[1]
+        return obs, state.pool_obs, steps
+
+    def by_hand():
+        state = jax.vmap(raw.reset)(jnp.concatenate([keys(0, num_envs), keys(9, num_envs)]))
+
+        def step(state, action):
+            state = jax.vmap(raw.step)(state, action)
+            return state, (state.obs, state.reward, state.metrics)
+
+        first = jax.tree.map(lambda x: x[:num_envs], state)
+        return state.obs, jax.lax.scan(step, first, actions)[1]
+
+    out = jax.jit(jax.vmap(ours))(lanes), jax.jit(by_hand)()
+    return jax.tree.map(np.asarray, out)
 
 
 class TestTasks:
-    def test_check_env(self, cartpole):
-        report = check_env(cartpole, num_steps=20)
-        assert report.truncated == 2 * 3 * 2 and report.unseen == ("termination",)
-        assert cartpole.observation_space == Box((5,)) and cartpole.action_space == Box((1,), -1.0, 1.0)
-
-    def test_the_default_time_limit_counts_repetitions(self):
-        assert make_env("playground/PendulumSwingup", action_repeat=3).max_episode_steps == 334
-
-    @pytest.mark.slow
-    def test_a_task_with_other_settings(self):
-        env = make_env("playground/PendulumSwingup", ctrl_dt=0.01, action_repeat=3, episode_length=4, reset_mode="exact")
-        assert check_env(env, num_steps=10).truncated == 2 * 3 * 2
-
-    @pytest.mark.parametrize("name", ["CartpoleBalance", pytest.param("HopperHop", marks=pytest.mark.slow)])
-    def test_parity_with_playgrounds_own_steps(self, name):
-        """Observations, rewards and metrics of both from the same starts, step by step."""
-        env = make_env(f"playground/{name}")
-        raw = dm_control_suite.load(name, config_overrides={"impl": "jax"})
-        actions = jax.random.uniform(jax.random.key(2), (12, 3, *env.action_space.shape), minval=-1.0, maxval=1.0)
-        first_obs, steps = rollout(env, 3, 12, actions=actions)
-
-        @jax.jit
-        def by_hand(start_keys):
-            def step(state, action):
-                state = jax.vmap(raw.step)(state, action)
-                return state, (state.obs, state.reward, state.metrics)
-
-            state = jax.vmap(raw.reset)(start_keys)
-            return state.obs, jax.lax.scan(step, state, actions)[1]
-
-        obs, (next_obs, reward, metrics) = by_hand(keys(0, 3))
-        np.testing.assert_allclose(first_obs, obs, atol=1e-6)
-        np.testing.assert_allclose(steps.final_obs, next_obs, rtol=1e-4, atol=1e-4)
-        np.testing.assert_allclose(steps.reward, reward, atol=1e-5)
+    def test_parity_with_playgrounds_own_steps(self, cartpole):
+        """Observations, rewards and metrics of both from the same starts, step by step until the time limit."""
+        (first_obs, _, steps), (starts, (obs, reward, metrics)) = cartpole
+        np.testing.assert_allclose(first_obs[0], starts[:128], atol=1e-6)
+        np.testing.assert_allclose(steps.final_obs[0, :8], obs[:8], rtol=1e-4, atol=1e-4)
+        np.testing.assert_allclose(steps.reward[0, :8], reward[:8], atol=1e-5)
         assert set(steps.metrics) == {*metrics, "unstable"}
-        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-4), metrics, {k: steps.metrics[k] for k in metrics})
+        for name, values in metrics.items():
+            np.testing.assert_allclose(steps.metrics[name][0, :8], values[:8], atol=1e-4)
+
+    def test_the_time_limit(self, cartpole):
+        _, pool_obs, steps = cartpole[0]
+        assert not steps.terminated.any() and (steps.truncated == (np.arange(10) == 7)[:, None]).all()
+        for lane in range(2):
+            assert all((start == pool_obs[lane]).all(-1).any() for start in steps.obs[lane, 7])
 
     def test_gravity(self, cartpole):
-        actions = jnp.zeros((6, 2, 1))
-        light = change_params(cartpole, {"model.opt.gravity": [0.0, 0.0, -1.0]})
-        run = jax.jit(jax.vmap(lambda p: rollout_traced(cartpole, p, actions)))
-        first_obs, steps = run(stack(cartpole.default_params, light))
+        first_obs, _, steps = cartpole[0]
         np.testing.assert_allclose(first_obs[0], first_obs[1], atol=1e-6)
-        assert np.abs(steps.final_obs[0] - steps.final_obs[1])[-1].max() > 1e-3
+        assert np.abs(steps.final_obs[0] - steps.final_obs[1])[7].max() > 1e-3
 
     def test_the_pool_has_the_distribution_of_exact_starts(self, cartpole):
         """Kolmogorov and Smirnov's test on each entry of the observation; 0.001 shared by the entries."""
-        params, number = cartpole.default_params, 256
-        state, _ = jax.jit(cartpole.reset)(keys(0, number), params)
-        refreshed = jax.jit(cartpole.refresh)(jax.random.key(5), state, params)
-        exact = make_env("playground/CartpoleBalance", reset_mode="exact")
-        starts = np.asarray(jax.jit(exact.reset)(keys(7, number), params)[1])
-        for pool in (state.pool_obs, refreshed.pool_obs):
-            assert pool.shape == starts.shape and len(np.unique(pool, axis=0)) == number
-            p_values = [scipy.stats.ks_2samp(np.asarray(pool)[:, i], starts[:, i]).pvalue for i in range(starts.shape[1])]
-            assert min(p_values) > 1e-3 / starts.shape[1]
+        pool, starts = cartpole[0][1][0], cartpole[1][0][128:]
+        assert pool.shape == starts.shape and len(np.unique(pool, axis=0)) == len(pool)
+        p_values = [scipy.stats.ks_2samp(pool[:, i], starts[:, i]).pvalue for i in range(starts.shape[1])]
+        assert min(p_values) > 1e-3 / starts.shape[1]
+
+    def test_check_env(self):
+        env = make_env("playground/PendulumSwingup", episode_length=4)
+        report = check_env(env, num_steps=10)
+        assert report.truncated == 2 * 3 * 2 and report.unseen == ("termination",)
+        assert env.observation_space == Box((3,)) and env.action_space == Box((1,), -1.0, 1.0)
+
+    @pytest.mark.slow
+    @pytest.mark.parametrize("name", ["CartpoleBalance", "ReacherEasy", "HopperHop"])
+    def test_check_env_on_larger_tasks(self, name):
+        report = check_env(make_env(f"playground/{name}", episode_length=4), num_steps=10)
+        assert report.truncated == 2 * 3 * 2
+
+    @pytest.mark.slow
+    def test_other_settings(self):
+        env = make_env("playground/PendulumSwingup", ctrl_dt=0.01, action_repeat=3, episode_length=4, reset_mode="exact")
+        assert check_env(env, num_steps=10).truncated == 2 * 3 * 2
+
+    def test_the_default_time_limit_counts_repetitions(self):
+        assert make_env("playground/PendulumSwingup", action_repeat=3).max_episode_steps == 334
 
     def test_a_part_of_the_pool_is_renewed(self):
         env = from_playground(Toy(), LIMIT, refresh_size=16)
