@@ -266,21 +266,16 @@ class TestTasks:
         p_values = [scipy.stats.ks_2samp(pool[:, i], starts[:, i]).pvalue for i in range(starts.shape[1])]
         assert min(p_values) > 1e-3 / starts.shape[1]
 
-    def test_check_env(self):
-        env = make_env("playground/PendulumSwingup", episode_length=4)
-        report = check_env(env, num_steps=10)
-        assert report.truncated == 2 * 3 * 2 and report.unseen == ("termination",)
-        assert env.observation_space == Box((3,)) and env.action_space == Box((1,), -1.0, 1.0)
-
     @pytest.mark.slow
-    @pytest.mark.parametrize("name", ["CartpoleBalance", "ReacherEasy", "HopperHop"])
-    def test_check_env_on_larger_tasks(self, name):
+    @pytest.mark.parametrize("name", ["PendulumSwingup", "CartpoleBalance", "HopperHop"])
+    def test_check_env(self, name):
         report = check_env(make_env(f"playground/{name}", episode_length=4), num_steps=10)
-        assert report.truncated == 2 * 3 * 2
+        assert report.truncated == 2 * 3 * 2 and report.unseen == ("termination",)
 
     @pytest.mark.slow
     def test_other_settings(self):
         env = make_env("playground/PendulumSwingup", ctrl_dt=0.01, action_repeat=3, episode_length=4, reset_mode="exact")
+        assert env.observation_space == Box((3,)) and env.action_space == Box((1,), -1.0, 1.0)
         assert check_env(env, num_steps=10).truncated == 2 * 3 * 2
 
     def test_the_default_time_limit_counts_repetitions(self):
@@ -354,13 +349,12 @@ def test_importing_is_quiet_and_leaves_out_what_is_not_needed(tmp_path):
     code = """
         import sys
         import pgjax.envs
-        pgjax.envs.make_env("playground/CheetahRun")
+        import pgjax.envs.playground as adapter
+        with adapter.quiet_loading():  # the model of this task is dated, and MuJoCo says so
+            adapter.mujoco_playground.dm_control_suite.load("CheetahRun", config_overrides={"impl": "jax"})
         unwanted = "warp", "brax", "trimesh", "mujoco_playground._src.locomotion", "mujoco_playground._src.registry"
         assert not set(unwanted) & set(sys.modules), set(unwanted) & set(sys.modules)
-        import mujoco_playground
-        assert "Go1JoystickFlatTerrain" in mujoco_playground.registry.ALL_ENVS
-        import warp
-        assert warp.__version__
+        assert "Go1JoystickFlatTerrain" in adapter.mujoco_playground.registry.ALL_ENVS
     """
     done = subprocess.run(
         [sys.executable, "-c", textwrap.dedent(code)],
