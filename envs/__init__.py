@@ -41,9 +41,14 @@ _NAMES = {"gymnax": _GYMNAX, "brax": _BRAX, "mujoco": _MUJOCO, "playground": _PL
 # The module to import, where it is not named like the library here.
 _MODULES = {"playground": "mujoco_playground"}
 # What pip has to install where a library is missing; an extra of pgjax where one exists.
-_REQUIREMENTS = {"gymnax": "gymnax>=1.0.1", "brax": "brax>=0.14.2", "mujoco": "pgjax[mujoco]"}
-_REQUIREMENTS["playground"] = "pgjax[playground]"
+_REQUIREMENTS = {
+    "gymnax": "gymnax>=1.0.1",
+    "brax": "brax>=0.14.2",
+    "mujoco": "pgjax[mujoco]",
+    "playground": "pgjax[playground]",
+}
 BRAX_BACKENDS = ("spring", "generalized", "positional", "mjx")
+MUJOCO_PHYSICS = ("c", "mjx", "warp")
 PLAYGROUND_IMPLS = ("jax", "warp")
 
 # What does not work with the libraries as they are: (name, backend or None for every one) -> why.
@@ -66,7 +71,7 @@ class EnvEntry(NamedTuple):
     """One line of ``list_envs``.
 
     name: what ``make_env`` takes.  library: the part before the slash.
-    backends: physics backends (Playground: implementations) that work, the default one first; empty where there is no choice.
+    backends: physics backends (MuJoCo: engines; Playground: implementations) that work, the default one first; empty where there is no choice.
     broken: backend -> why it does not work; the key "" means the environment as a whole.
     """
 
@@ -83,7 +88,7 @@ def list_envs() -> list[EnvEntry]:
         for short in names:
             name = f"{library}/{short}"
             broken = {backend or "": why for (n, backend), why in _BROKEN.items() if n == name}
-            backends = {"brax": BRAX_BACKENDS, "playground": PLAYGROUND_IMPLS}.get(library, ())
+            backends = {"brax": BRAX_BACKENDS, "mujoco": MUJOCO_PHYSICS, "playground": PLAYGROUND_IMPLS}.get(library, ())
             backends = tuple(b for b in backends if b not in broken)
             entries.append(EnvEntry(name, library, backends, broken))
     return entries + [EnvEntry(name, name.partition("/")[0], (), {}) for name in _registered]
@@ -112,7 +117,8 @@ def make_env(name: str, **options: Any):
 
     Options of every gymnax environment: ``reset_mode`` (default ``"exact"``), ``episode_length`` in steps, and what its
     constructor takes. Of every Brax one: ``backend`` (default ``"spring"`` where it works), ``reset_mode`` (default
-    ``"pool"``), ``episode_length`` (default 1000) and what its constructor takes. Of every Playground one: ``impl``
+    ``"pool"``), ``episode_length`` (default 1000) and what its constructor takes. Of every MuJoCo one: ``physics`` (default
+    ``"c"``), ``reset_mode``, ``episode_length``, ``num_threads`` and what Gymnasium's constructor takes. Of every Playground one: ``impl``
     (default ``"jax"``), ``reset_mode`` (default ``"pool"``), ``episode_length``, ``action_repeat`` and what its
     configuration has, such as ``ctrl_dt`` and ``sim_dt``.
 

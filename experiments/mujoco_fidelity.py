@@ -17,7 +17,7 @@ import mujoco
 import numpy as np
 
 from pgjax.envs import make_env
-from pgjax.envs.mujoco import quiet_loading
+from pgjax.envs.mjx_tools import quiet_loading
 from pgjax.envs.mujoco.tasks import TASKS
 
 
@@ -38,12 +38,16 @@ class Fidelity(NamedTuple):
     ends: int
 
 
-def against_gymnasium(name: str, num_steps: int, num_envs: int = 2, seed: int = 0, **options) -> Fidelity:
+def against_gymnasium(
+    name: str, num_steps: int, num_envs: int = 2, seed: int = 0, episode_length: int | None = None, **options
+) -> Fidelity:
     """Plays the same random actions from the same starts here, as one compiled program, and in Gymnasium.
 
     Observations and rewards are compared as float32; a reward's difference is relative where it is above 1.
     """
-    env = make_env(f"mujoco/{name}", **options)
+    env = make_env(f"mujoco/{name}", episode_length=episode_length, **options)
+    if episode_length is not None:
+        options["max_episode_steps"] = episode_length
     first, actions, states, steps = random_rollout(env, num_steps, num_envs, seed)
     worst = dict.fromkeys(("qpos", "qvel", "obs", "reward", "metrics"), 0.0)
     episodes = ends = 0
@@ -96,7 +100,7 @@ def one_step_errors(name: str, num_states: int = 256, seed: int = 0, physics: st
 
     @jax.jit
     def step(state, action):
-        return jax.vmap(other.advance, (None, 0, 0, None))(None, state, action, other.default_params)
+        return jax.vmap(other._advance, (None, 0, 0, None))(None, state, action, other.default_params)
 
     new, obs, reward, terminated, _, _ = step(state, action)
     # The states after a step that ended an episode are those of the next start.
@@ -201,7 +205,8 @@ def main(argv: list[str] | None = None) -> None:
     part.add_argument("--tasks", nargs="+", default=list(TASKS), choices=list(TASKS), metavar="TASK")
     part.add_argument("--steps", type=int, default=1000)
     part = parts.add_parser("mjx", help="one step of MJX against one of C MuJoCo")
-    part.add_argument("--tasks", nargs="+", default=[t for t in TASKS if t.endswith("-v5")], choices=list(TASKS), metavar="TASK")
+    version_5 = [name for name in TASKS if name.endswith("-v5")]
+    part.add_argument("--tasks", nargs="+", default=version_5, choices=list(TASKS), metavar="TASK")
     part.add_argument("--states", type=int, default=256)
     part.add_argument("--physics", choices=("mjx", "warp"), default="mjx")
     args = parser.parse_args(argv)

@@ -396,7 +396,7 @@ class TestNames:
     def test_what_is_listed_as_broken_is_broken(self):
         entries = {e.name: e for e in list_envs()}
         broken = {(e.name, option) for e in entries.values() for option in e.broken}
-        assert broken == {("gymnax/MNISTBandit-bsuite", "")} | {
+        assert broken == {("gymnax/MNISTBandit-bsuite", ""), ("mujoco/Pusher-v4", "")} | {
             ("brax/swimmer", b) for b in ("spring", "positional", "mjx")
         }
         for backend in entries["brax/swimmer"].broken:

@@ -79,7 +79,11 @@ class Killed(BaseException):
     """Stands for a kill: nothing of the run may catch it."""
 
 
-def test_a_run_killed_again_and_again_ends_in_the_same_bits(tmp_path, algorithm, monkeypatch):
+@pytest.mark.parametrize("env", ["probe", "mujoco"])
+def test_a_run_killed_again_and_again_ends_in_the_same_bits(tmp_path, env, algorithm, monkeypatch):
+    """On C MuJoCo too, whose physics is float64 and lives outside JAX."""
+    if env == "mujoco":
+        algorithm = ppo.make(pgjax.make_env("mujoco/Walker2d-v5", episode_length=20), SETUP)
     spec = spec_of()
     run_in(tmp_path / "whole", spec, algorithm)
     monkeypatch.setattr(runner, "CHECKPOINT_SECONDS", 0.0)
@@ -323,11 +327,11 @@ for devices in (1, 2):
     np.testing.assert_allclose(one_evaluations["return"], two_evaluations["return"], rtol=1e-5)
 
 
-_TRAIN = [sys.executable, "-m", "pgjax", "train", "ppo", "--env", "gymnax/CartPole-v1", "--preset", "none"]
+_TRAIN = [sys.executable, "-m", "pgjax", "train", "ppo", "--preset", "none"]
 
 
-def _kill_and_resume(tmp_path, num_kills):
-    options = ["--seeds", "2", "--total-env-steps", "100000", "--setup.num-envs", "8", "--num-evals", "2"]
+def _kill_and_resume(tmp_path, num_kills, env_name="gymnax/CartPole-v1", total="100000"):
+    options = ["--env", env_name, "--seeds", "2", "--total-env-steps", total, "--setup.num-envs", "8", "--num-evals", "2"]
     env = {**os.environ, "PYTHONPATH": str(ROOT), "JAX_COMPILATION_CACHE_DIR": str(tmp_path / "cache")}
 
     def start(name, *more):
@@ -363,9 +367,15 @@ def test_ten_kills_change_no_bit(tmp_path):
     _kill_and_resume(tmp_path, 10)
 
 
+@pytest.mark.slow
+def test_kills_change_no_bit_on_c_mujoco(tmp_path):
+    _kill_and_resume(tmp_path, 3, "mujoco/Ant-v5", "60000")
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)])
 def test_ctrl_c_ends_at_a_checkpoint_and_says_how_to_go_on(tmp_path, number):
-    command = [*_TRAIN, "--total-env-steps", "50000000", "--num-evals", "0", "--out", str(tmp_path / "run")]
+    options = ["--env", "gymnax/CartPole-v1", "--total-env-steps", "50000000", "--num-evals", "0"]
+    command = [*_TRAIN, *options, "--out", str(tmp_path / "run")]
     env = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1"}
     process = subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     for line in process.stdout:

@@ -4,18 +4,18 @@
 Gymnasium does; ``mjx_engine.py`` on MJX, in JAX or in Warp, on any accelerator.
 """
 
-import contextlib
 import importlib.util
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import mujoco
 
+from pgjax.envs import MUJOCO_PHYSICS
+from pgjax.envs.mjx_tools import quiet_loading
 from pgjax.envs.mujoco.tasks import TASKS, Task
 from pgjax.errors import RequestError, close_names
 
-PHYSICS = ("c", "mjx", "warp")
 OPTIONS = ("physics", "reset_mode", "episode_length", "num_threads")
 
 
@@ -44,8 +44,8 @@ def make(
     Raises:
         RequestError: an option that is unknown, out of range or of no meaning for these physics, or a missing package.
     """
-    if physics not in PHYSICS:
-        raise RequestError(f"physics = {physics!r} is unknown: {close_names(str(physics), PHYSICS)}")
+    if physics not in MUJOCO_PHYSICS:
+        raise RequestError(f"physics = {physics!r} is unknown: {close_names(str(physics), MUJOCO_PHYSICS)}")
     task = TASKS[short_name](**options)
     model = load_model(task.xml)
     if physics == "c":
@@ -75,14 +75,3 @@ def load_model(xml: str) -> Any:
     with quiet_loading():
         return mujoco.MjModel.from_xml_path(str(path))
 
-
-@contextlib.contextmanager
-def quiet_loading() -> Iterator[None]:
-    """Loading a dated model, MuJoCo says so, on the terminal and in a file in the working directory; not in here."""
-    library: Any = mujoco  # a compiled module without type information for these
-    previous = library.get_mju_user_warning()
-    library.set_mju_user_warning(lambda message: None)
-    try:
-        yield
-    finally:
-        library.set_mju_user_warning(previous)

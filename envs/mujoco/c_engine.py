@@ -5,7 +5,9 @@ depends on, warm start included, is in the environment's state, as the bits of i
 JAX's default, and a state that was carried by a scan, vmapped, saved and restored goes on bit for bit.
 """
 
+import logging
 import os
+import re
 import threading
 from typing import Any
 
@@ -20,6 +22,22 @@ from pgjax.envs.mujoco.tasks import Physics, Task
 from pgjax.errors import RequestError
 from pgjax.spaces import Box
 from pgjax.types import TimeStep
+
+_logger = logging.getLogger(__name__)
+_told: set[str] = set()
+
+
+def _tell_once(message: str) -> None:
+    """MuJoCo's warnings, one of a kind in a process. Its own handler prints each, and writes a file where the user works."""
+    kind = re.sub(r"[-+.\d]+(e[-+]?\d+)?", "", message)
+    if kind not in _told:
+        _told.add(kind)
+        _logger.warning("MuJoCo: %s (said once)", message)
+
+
+_library: Any = mujoco  # a compiled module without type information for these
+if _library.get_mju_user_warning() is None:
+    _library.set_mju_user_warning(_tell_once)
 
 _STATE = int(mujoco.mjtState.mjSTATE_INTEGRATION)
 _NO_STAGE = int(mujoco.mjtStage.mjSTAGE_NONE)

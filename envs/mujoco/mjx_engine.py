@@ -4,9 +4,7 @@
 bit C MuJoCo: docs/mujoco.md has the differences.
 """
 
-import contextlib
 import importlib.util
-import io
 from typing import Any
 
 import jax
@@ -16,14 +14,12 @@ import numpy as np
 from flax import struct
 
 from pgjax.envs.auto_reset import AutoReset
-from pgjax.envs.deferred import deferred_imports
+from pgjax.envs.mjx_tools import light_imports
 from pgjax.envs.mujoco.tasks import Physics, Task
 from pgjax.errors import RequestError
 from pgjax.spaces import Box
 
-# Wanted for meshes only, which no task has. MuJoCo prints a line when it is imported without its Warp backend.
-_unused = deferred_imports("trimesh", "scipy.spatial", annotations=("trimesh.Trimesh",))
-with _unused, contextlib.redirect_stdout(io.StringIO()):
+with light_imports():
     from mujoco import mjx
 
 PyTree = Any
@@ -83,10 +79,14 @@ def mjx_env(
         raise RequestError(f"episode_length = {episode_length} must be at least 1")
     impl = {"mjx": "jax", "warp": "warp"}[implementation]
     if impl == "warp" and importlib.util.find_spec("warp") is None:
-        raise RequestError("physics = 'warp' needs the package warp: pip install 'pgjax[warp]'; physics = 'mjx' does without")
-    supported = with_supported_options(model)
+        raise RequestError("physics = 'warp' needs the package warp-lang: pip install 'pgjax[warp]'; physics = 'mjx' does without")
+    supported = _with_supported_options(model)
     template = mjx.make_data(supported, impl=impl)
     bodies = {model.body(i).name: i for i in range(model.nbody)}
+
+    def as_arrays(params) -> Params:
+        # MJX indexes the model with traced numbers, which NumPy's arrays do not allow.
+        return jax.tree.map(jnp.asarray, params)
 
     def physics(params, data) -> Physics:
         # Some of MuJoCo's fields belong to an implementation's own part of the data.
@@ -94,6 +94,7 @@ def mjx_env(
         return Physics(jnp, params.model, bodies, data.qpos, data.qvel, **fields)
 
     def start(key, params):
+        params = as_arrays(params)
         offset = task.start(key, model)
         qpos, qvel = jnp.float32(model.qpos0) + offset[: model.nq], offset[model.nq :]
         data = template.replace(qpos=qpos, qvel=qvel)
@@ -104,6 +105,7 @@ def mjx_env(
 
     def advance(key, state, action, params):
         del key
+        params = as_arrays(params)
         data = template.replace(qpos=state.qpos, qvel=state.qvel, qacc_warmstart=state.warmstart, ctrl=action)
         data = jax.lax.fori_loop(0, task.frame_skip, lambda _, data: mjx.step(params.model, data), data)
         if "cfrc_ext" in task.reads:
@@ -115,7 +117,9 @@ def mjx_env(
         state = State(data.qpos, data.qvel, data.qacc_warmstart, task.recall(p), steps)
         return state, task.observe(p), reward, terminated, truncated, metrics
 
-    params = Params(mjx.put_model(supported, impl=impl), np.asarray(episode_length, np.int32))  # pyright: ignore
+    # On the host, because MJX ties its arrays to one device, and lanes may run on several.
+    mjx_model = jax.tree.map(np.asarray, mjx.put_model(supported, impl=impl))
+    params = Params(mjx_model, np.asarray(episode_length, np.int32))  # pyright: ignore[reportArgumentType]
     obs = jax.eval_shape(lambda key: start(key, params)[1], jax.random.key(0))
     return AutoReset(
         name=name,
@@ -130,7 +134,7 @@ def mjx_env(
     )
 
 
-def with_supported_options(model: Any) -> Any:
+def _with_supported_options(model: Any) -> Any:
     """The model with what MJX cannot do replaced: Newton's method for the PGS solver. The given model is not changed."""
     if model.opt.solver != mujoco.mjtSolver.mjSOL_PGS:
         return model
