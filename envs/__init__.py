@@ -71,7 +71,8 @@ class EnvEntry(NamedTuple):
     """One line of ``list_envs``.
 
     name: what ``make_env`` takes.  library: the part before the slash.
-    backends: physics backends (MuJoCo: engines; Playground: implementations) that work, the default one first; empty where there is no choice.
+    backends: physics backends (MuJoCo: engines; Playground: implementations) that work, the default one first; empty where
+        there is no choice.
     broken: backend -> why it does not work; the key "" means the environment as a whole.
     """
 
@@ -118,8 +119,8 @@ def make_env(name: str, **options: Any):
     Options of every gymnax environment: ``reset_mode`` (default ``"exact"``), ``episode_length`` in steps, and what its
     constructor takes. Of every Brax one: ``backend`` (default ``"spring"`` where it works), ``reset_mode`` (default
     ``"pool"``), ``episode_length`` (default 1000) and what its constructor takes. Of every MuJoCo one: ``physics`` (default
-    ``"c"``), ``reset_mode``, ``episode_length``, ``num_threads`` and what Gymnasium's constructor takes. Of every Playground one: ``impl``
-    (default ``"jax"``), ``reset_mode`` (default ``"pool"``), ``episode_length``, ``action_repeat`` and what its
+    ``"c"``), ``reset_mode``, ``episode_length``, ``num_threads`` and what Gymnasium's constructor takes. Of every Playground
+    one: ``impl`` (default ``"jax"``), ``reset_mode`` (default ``"pool"``), ``episode_length``, ``action_repeat`` and what its
     configuration has, such as ``ctrl_dt`` and ``sim_dt``.
 
     Raises:

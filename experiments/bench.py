@@ -284,10 +284,18 @@ def memory_of_run(**fields) -> tuple[int, int]:
     return predicted, peak
 
 
+def _mujoco(repeats, say):
+    """Steps of the MuJoCo tasks beside Gymnasium, EnvPool and mujoco.rollout, 64 environments."""
+    from pgjax.experiments import mujoco_speed
+
+    return mujoco_speed.table(repeats, say)
+
+
 PARTS: dict[str, Callable[[int, Callable[[str], None]], Any]] = {
     "ppo": _ppo,
     "family": _family,
     "time": _time,
     "startup": _startup,
     "memory": _memory,
+    "mujoco": _mujoco,
 }

@@ -87,7 +87,7 @@ def one_step_errors(name: str, num_states: int = 256, seed: int = 0, physics: st
 
     env, other = make_env(f"mujoco/{name}"), make_env(f"mujoco/{name}", physics=physics)
     num_envs = 16
-    first, actions, states, steps = random_rollout(env, num_states // num_envs + 1, num_envs, seed)
+    _, actions, states, steps = random_rollout(env, num_states // num_envs + 1, num_envs, seed)
     before = jax.tree.map(lambda x: x[:-1].reshape(-1, *x.shape[2:]), states)
     action, after = (jax.tree.map(lambda x: x[1:].reshape(-1, *x.shape[2:]), x) for x in (actions, steps))
     qpos, qvel = positions(env, before.bits)

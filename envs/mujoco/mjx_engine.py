@@ -79,7 +79,7 @@ def mjx_env(
         raise RequestError(f"episode_length = {episode_length} must be at least 1")
     impl = {"mjx": "jax", "warp": "warp"}[implementation]
     if impl == "warp" and importlib.util.find_spec("warp") is None:
-        raise RequestError("physics = 'warp' needs the package warp-lang: pip install 'pgjax[warp]'; physics = 'mjx' does without")
+        raise RequestError("physics = 'warp' needs the package warp-lang: pip install 'pgjax[warp]'; 'mjx' does without")
     supported = _with_supported_options(model)
     template = mjx.make_data(supported, impl=impl)
     bodies = {model.body(i).name: i for i in range(model.nbody)}
