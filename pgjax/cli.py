@@ -539,9 +539,15 @@ def _list_algorithms() -> None:
 def _list_presets() -> None:
     from pgjax.experiments.presets import list_presets
 
+    # Environments of one library that share what is said of a preset share its line.
+    lines: dict[tuple[str, str, str], list[str]] = {}
     for name, by_algorithm in list_presets().items():
+        library = name.partition("/")[0]
         for algorithm, preset in by_algorithm.items():
-            print(f"{name:<34} {algorithm:<10} {preset.get('reached') or preset.get('about', '')}".rstrip())
+            lines.setdefault((library, algorithm, preset.get("reached") or preset.get("about", "")), []).append(name)
+    for (library, algorithm, said), names in lines.items():
+        name = names[0] if len(names) == 1 else f"{library}/... ({len(names)} environments)"
+        print(f"{name:<34} {algorithm:<10} {said}".rstrip())
 
 
 def _doctor(argv: list[str]) -> int:

@@ -171,7 +171,14 @@ def test_help_is_there_and_the_first_one_needs_no_jax(capsys):
         assert word in capsys.readouterr().out
 
 
-_PRESETS = [(name, algorithm) for name, entries in presets.list_presets().items() for algorithm in entries]
+# One of each: several environments may share a preset.
+_PRESETS = list(
+    {
+        (algorithm, str(preset), name.partition("/")[0]): (name, algorithm)
+        for name, entries in presets.list_presets().items()
+        for algorithm, preset in entries.items()
+    }.values()
+)
 
 
 @pytest.mark.parametrize(("name", "algorithm"), _PRESETS, ids=[f"{name}-{algorithm}" for name, algorithm in _PRESETS])
@@ -192,6 +199,12 @@ def test_every_preset_builds(name, algorithm):
         algorithm, env, preset["total_env_steps"], env_options=options, setup=setup, configs=(preset["hypers"],)
     )
     spec.check(spec.build())
+
+
+def test_a_preset_may_be_that_of_another_with_changes():
+    ours, theirs = presets.find("auto", "trpo", "mujoco/Hopper-v5"), presets.find("baselines", "trpo", "mujoco/Hopper-v5")
+    assert {**ours, "name": None} == {**theirs, "name": None}
+    assert "same_as" not in ours
 
 
 def test_auto_takes_the_environments_own_preset():

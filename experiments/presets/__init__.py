@@ -2,7 +2,8 @@
 
 A file such as ``gymnax-CartPole-v1.toml`` has a table per algorithm, with ``total_env_steps``, ``setup``, ``hypers`` and
 ``env_options``; ``reached`` records what it was seen to reach, and by which command. A file for several environments has
-``names`` in place of ``name``, and what differs for one of them in ``[differences."NAME".ALGORITHM]``.
+``names`` in place of ``name``, and what differs for one of them in ``[differences."NAME".ALGORITHM]``. A table with ``same_as``
+is that of another preset for the same algorithm, with its own fields over it.
 """
 
 import tomllib
@@ -24,6 +25,10 @@ def list_presets() -> dict[str, dict[str, Any]]:
         differences = content.pop("differences", {})
         for name in content.pop("names", None) or [content.pop("name")]:
             presets[name] = _merged(content, differences.get(name, {}))
+    for content in presets.values():
+        for algorithm, preset in content.items():
+            if "same_as" in preset:
+                content[algorithm] = _merged(presets[preset.pop("same_as")][algorithm], preset)
     return presets
 
 
