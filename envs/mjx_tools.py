@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from pgjax.envs.deferred import deferred_imports
+from pgjax.errors import RequestError
 
 _WARP = "mujoco.mjx.third_party.mujoco_warp"
 # Wanted by MJX only for meshes, which no task here has; they cost as much as a library itself.
@@ -35,6 +36,26 @@ def light_imports(*more: str) -> Iterator[None]:
         contextlib.redirect_stdout(io.StringIO()),
     ):
         yield
+
+
+def use_warp(chosen: str, instead: str) -> None:
+    """Makes Warp, whose import MJX was spared, ready to be used by it.
+
+    Args: chosen: the option that asked for it, as in ``"impl = 'warp'"``.  instead: the one that does without.
+    Raises: RequestError where Warp is missing or does not work.
+    """
+    if importlib.util.find_spec("warp") is None:
+        raise RequestError(f"{chosen} needs the package warp-lang: pip install 'pgjax[warp]', or take {instead}")
+    try:
+        import warp
+        from mujoco.mjx import warp as mjx_warp
+
+        warp.config.log_level = warp.LOG_WARNING  # it tells of each of some fifty kernels
+        warp.init()
+        mjx_warp.types.GraphMode = warp.JaxCallableGraphMode
+    except Exception as error:
+        line = (str(error).strip().splitlines() or [""])[0]
+        raise RequestError(f"{chosen} does not work here, {type(error).__name__}: {line}; take {instead}") from error
 
 
 @contextlib.contextmanager

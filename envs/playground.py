@@ -6,7 +6,6 @@ steps itself, and ``AutoReset`` does the rest.
 """
 
 import dataclasses
-import importlib.util
 import inspect
 from collections.abc import Mapping
 from typing import Any
@@ -18,7 +17,7 @@ from flax import struct
 
 from pgjax.envs import PLAYGROUND_IMPLS
 from pgjax.envs.auto_reset import AutoReset
-from pgjax.envs.mjx_tools import flat_obs, light_imports, quiet_loading, with_attribute
+from pgjax.envs.mjx_tools import flat_obs, light_imports, quiet_loading, use_warp, with_attribute
 from pgjax.errors import RequestError, close_names
 from pgjax.spaces import Box
 
@@ -197,7 +196,7 @@ def make(
     _check_count("action_repeat", action_repeat)
     limit = -(-config.episode_length // action_repeat) if episode_length is None else episode_length
     if impl == "warp":
-        _use_warp()
+        use_warp("impl = 'warp'", "impl = 'jax'")
     with quiet_loading():
         env = mujoco_playground.dm_control_suite.load(short_name, config, {"impl": impl, **overrides})
     # The whole pool where a start is cheap.
@@ -257,18 +256,3 @@ def _shared_arrays(env):
 
 def _is_warp(model: PyTree) -> bool:
     return model.impl == mjx.Impl.WARP
-
-
-def _use_warp() -> None:
-    """Makes Warp, whose import MJX was spared, ready to be used by it."""
-    if importlib.util.find_spec("warp") is None:
-        raise RequestError("impl = 'warp' needs the package warp-lang: pip install warp-lang, or take impl = 'jax'")
-    try:
-        import warp
-
-        warp.config.log_level = warp.LOG_WARNING  # it tells of each of some fifty kernels
-        warp.init()
-        mjx_warp.types.GraphMode = warp.JaxCallableGraphMode
-    except Exception as error:
-        line = (str(error).strip().splitlines() or [""])[0]
-        raise RequestError(f"impl = 'warp' does not work here, {type(error).__name__}: {line}; take impl = 'jax'") from error

@@ -180,8 +180,11 @@ class TestTwoHostDevices:
 class TestMjx:
     """InvertedPendulum compiles in seconds; the other tasks, whose programs take minutes, are slow tests."""
 
-    def test_one_step_is_that_of_c_mujoco_within_rounding(self):
-        errors = fidelity.one_step_errors("InvertedPendulum-v5", 64)
+    @pytest.mark.parametrize("physics", ["mjx", "warp"])
+    def test_one_step_is_that_of_c_mujoco_within_rounding(self, physics):
+        if physics == "warp":
+            pytest.importorskip("warp")
+        errors = fidelity.one_step_errors("InvertedPendulum-v5", 64, physics=physics)
         assert errors["qpos"].max() < 1e-6
         assert errors["qvel"].max() < 1e-4
         assert errors["reward"].max() == 0
@@ -212,5 +215,5 @@ class TestMjx:
     def test_warp_that_is_missing_is_named(self, monkeypatch):
         find_spec = importlib.util.find_spec
         monkeypatch.setattr(importlib.util, "find_spec", lambda name, *a: None if name == "warp" else find_spec(name, *a))
-        with pytest.raises(RequestError, match=r"needs the package warp-lang: pip install 'pgjax\[warp\]'"):
+        with pytest.raises(RequestError, match=r"needs the package warp-lang: pip install 'pgjax\[warp\]', or take"):
             pgjax.make_env("mujoco/InvertedPendulum-v5", physics="warp")

@@ -1,5 +1,6 @@
 """The MuJoCo Playground adapter: ends of episodes, parity with Playground's own steps, swept physics, starts, options."""
 
+import importlib.util
 import subprocess
 import sys
 import textwrap
@@ -333,8 +334,8 @@ class TestRequests:
             patch.delitem(sys.modules, "pgjax.envs.playground")
             with pytest.raises(RequestError, match=r"pip install 'pgjax\[playground\]'"):
                 make_env("playground/CheetahRun")
-        find = adapter.importlib.util.find_spec
-        monkeypatch.setattr(adapter.importlib.util, "find_spec", lambda name: None if name == "warp" else find(name))
+        find = importlib.util.find_spec
+        monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "warp" else find(name))
         with pytest.raises(RequestError, match="impl = 'warp' needs the package warp-lang"):
             make_env("playground/CheetahRun", impl="warp")
 

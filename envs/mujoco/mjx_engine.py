@@ -4,7 +4,6 @@
 bit C MuJoCo: docs/mujoco.md has the differences.
 """
 
-import importlib.util
 from typing import Any
 
 import jax
@@ -14,7 +13,7 @@ import numpy as np
 from flax import struct
 
 from pgjax.envs.auto_reset import AutoReset
-from pgjax.envs.mjx_tools import light_imports
+from pgjax.envs.mjx_tools import light_imports, use_warp
 from pgjax.envs.mujoco.tasks import Physics, Task
 from pgjax.errors import RequestError
 from pgjax.spaces import Box
@@ -72,14 +71,14 @@ def mjx_env(
         episode_length: time limit in steps; None means the task's own.
 
     Raises:
-        RequestError: unknown ``reset_mode``, an episode length below 1, or Warp asked for and not installed.
+        RequestError: unknown ``reset_mode``, an episode length below 1, or Warp asked for and missing or not working.
     """
     episode_length = task.max_episode_steps if episode_length is None else episode_length
     if episode_length < 1:
         raise RequestError(f"episode_length = {episode_length} must be at least 1")
     impl = {"mjx": "jax", "warp": "warp"}[implementation]
-    if impl == "warp" and importlib.util.find_spec("warp") is None:
-        raise RequestError("physics = 'warp' needs the package warp-lang: pip install 'pgjax[warp]'; 'mjx' does without")
+    if impl == "warp":
+        use_warp("physics = 'warp'", "physics = 'mjx'")
     supported = _with_supported_options(model)
     template = mjx.make_data(supported, impl=impl)
     bodies = {model.body(i).name: i for i in range(model.nbody)}
