@@ -16,9 +16,12 @@ import jax.numpy as jnp
 import mujoco
 import numpy as np
 
-from pgjax.envs import make_env
+from pgjax.envs import MUJOCO_PHYSICS, make_env
 from pgjax.envs.mjx_tools import quiet_loading
 from pgjax.envs.mujoco.tasks import TASKS
+from pgjax.experiments.evaluate_run import evaluate_run
+from pgjax.runner import RunSpec, policies_of
+from pgjax.store import read_run
 
 
 class Fidelity(NamedTuple):
@@ -161,19 +164,31 @@ def begin(original, qpos: np.ndarray, qvel: np.ndarray) -> np.ndarray:
     return inner._get_obs()
 
 
-def score_in_gymnasium(name: str, act, num_episodes: int, seed: int = 0) -> np.ndarray:
-    """Returns [num_episodes] of ``act(obs [1, O]) -> action [1, A]`` in Gymnasium itself, from its own starts."""
-    original = make_original(name)
-    returns = np.zeros(num_episodes)
-    for episode in range(num_episodes):
-        obs, _ = original.reset(seed=seed + episode)
-        over = False
-        while not over:
-            action = np.asarray(act(np.float32(obs)[None]))[0]
-            obs, reward, terminated, truncated, _ = original.step(action)
-            returns[episode] += reward
-            over = terminated or truncated
-    return returns
+def scores(run: str, num_episodes: int, physics: tuple[str, ...] = ("c", "mjx")) -> dict[str, np.ndarray]:
+    """Returns [lanes, num_episodes] of a run's final policies, acting by their mode, in Gymnasium itself and here.
+
+    Each place draws its own starts. ``run`` is the folder of a run on a version 5 task.
+    """
+    spec = RunSpec.from_config(read_run(run)["config"])
+    algorithm = spec.build()
+    policies, columns = policies_of(run, algorithm)
+    num_lanes = len(columns["seed"])
+    act = jax.jit(lambda policy, obs: algorithm.act(policy, obs[None], None)[0])
+    found = {"gymnasium": np.zeros((num_lanes, num_episodes))}
+    original = make_original(spec.env.partition("/")[2])
+    for lane in range(num_lanes):
+        policy = jax.tree.map(lambda x, lane=lane: x[lane], policies)
+        for episode in range(num_episodes):
+            obs, _ = original.reset(seed=num_episodes * lane + episode)
+            over = False
+            while not over:
+                obs, reward, terminated, truncated, _ = original.step(np.asarray(act(policy, np.float32(obs))))
+                found["gymnasium"][lane, episode] += reward
+                over = terminated or truncated
+    for engine in physics:
+        frame = evaluate_run(run, None, {"physics": engine}, num_episodes, seed=0)
+        found[engine] = frame[frame["policy"] == "mode"]["return"].to_numpy().reshape(num_lanes, num_episodes)
+    return found
 
 
 def _print_gymnasium(names, num_steps: int) -> None:
@@ -198,6 +213,15 @@ def _print_mjx(names, num_states: int, physics: str) -> None:
                 print(f"| {name} | {quantity} | {median:.1e} | {high:.1e} | {errors.max():.1e} |")
 
 
+def _print_scores(run: str, num_episodes: int, physics: tuple[str, ...]) -> None:
+    found = scores(run, num_episodes, physics)
+    print("| seed | " + " | ".join(found) + " |")
+    print("|---" * (len(found) + 1) + "|")
+    for lane in range(len(found["gymnasium"])):
+        cells = [f"{x[lane].mean():.1f} ± {1.96 * x[lane].std(ddof=1) / np.sqrt(num_episodes):.1f}" for x in found.values()]
+        print(f"| {lane} | " + " | ".join(cells) + " |")
+
+
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m pgjax.experiments.mujoco_fidelity", description=__doc__.splitlines()[0])
     parts = parser.add_subparsers(dest="part", required=True)
@@ -209,8 +233,14 @@ def main(argv: list[str] | None = None) -> None:
     part.add_argument("--tasks", nargs="+", default=version_5, choices=list(TASKS), metavar="TASK")
     part.add_argument("--states", type=int, default=256)
     part.add_argument("--physics", choices=("mjx", "warp"), default="mjx")
+    part = parts.add_parser("policy", help="final policies of a run, scored in Gymnasium and on each engine")
+    part.add_argument("run")
+    part.add_argument("--episodes", type=int, default=20)
+    part.add_argument("--physics", nargs="+", default=["c", "mjx"], choices=MUJOCO_PHYSICS)
     args = parser.parse_args(argv)
-    if args.part == "gymnasium":
+    if args.part == "policy":
+        _print_scores(args.run, args.episodes, tuple(args.physics))
+    elif args.part == "gymnasium":
         _print_gymnasium(args.tasks, args.steps)
     else:
         _print_mjx(args.tasks, args.states, args.physics)

@@ -20,6 +20,15 @@ import pytest
 from pgjax import cli
 
 
+# The longest files first: `make test` gives whole files to its processes, and one that begins last is waited for.
+_LONGEST = ("test_probe_learning", "test_contract", "test_runner", "test_envs", "test_playground", "test_compare", "test_mujoco")
+
+
+def pytest_collection_modifyitems(items):
+    rank = {name: i for i, name in enumerate(_LONGEST)}
+    items.sort(key=lambda item: rank.get(item.path.stem, len(rank)))
+
+
 @pytest.fixture
 def strict():
     """Errors instead of silence: implicit rank promotion, warnings, a random key used twice."""
