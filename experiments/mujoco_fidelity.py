@@ -202,15 +202,12 @@ def _print_gymnasium(names, num_steps: int) -> None:
 
 
 def _print_mjx(names, num_states: int, physics: str) -> None:
-    print("| task | quantity | median | 99 % | largest |")
-    print("|---|---|---|---|---|")
+    print("median / 99 % / largest\n\n| task | qpos | qvel | obs | reward | ends that differ |\n|---|---|---|---|---|---|")
     for name in names:
-        for quantity, errors in one_step_errors(name, num_states, physics=physics).items():
-            if quantity == "ends":
-                print(f"| {name} | ends that differ | {int(errors.sum())} of {len(errors)} | | |", flush=True)
-            else:
-                median, high = np.quantile(errors, [0.5, 0.99])
-                print(f"| {name} | {quantity} | {median:.1e} | {high:.1e} | {errors.max():.1e} |")
+        errors = one_step_errors(name, num_states, physics=physics)
+        ends = errors.pop("ends")
+        cells = [" / ".join(f"{x:.0e}" for x in np.quantile(e, [0.5, 0.99, 1.0])) for e in errors.values()]
+        print(f"| {name} | " + " | ".join(cells) + f" | {ends.sum()} of {len(ends)} |", flush=True)
 
 
 def _print_scores(run: str, num_episodes: int, physics: tuple[str, ...]) -> None:
