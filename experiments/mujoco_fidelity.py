@@ -9,11 +9,11 @@ Each prints the table that docs/mujoco.md shows.
 
 import argparse
 import warnings
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import mujoco
+import mujoco as _mujoco
 import numpy as np
 
 from pgjax.envs import MUJOCO_PHYSICS, make_env
@@ -22,6 +22,8 @@ from pgjax.envs.mujoco.tasks import TASKS
 from pgjax.experiments.evaluate_run import evaluate_run
 from pgjax.runner import RunSpec, policies_of
 from pgjax.store import read_run
+
+mujoco: Any = _mujoco  # a compiled module without type information
 
 
 class Fidelity(NamedTuple):
@@ -81,7 +83,7 @@ def against_gymnasium(
     return Fidelity(num_steps * num_envs, episodes, **worst, ends=int(ends))
 
 
-def one_step_errors(name: str, num_states: int = 256, seed: int = 0, physics: str = "mjx") -> dict[str, np.ndarray]:
+def one_step_errors(name: str, num_states: int = 256, seed: int = 0, physics: str = "mjx") -> dict[str, Any]:
     """Absolute errors of one step of MJX from states that C MuJoCo visits under random actions; quantity -> errors.
 
     The quantities are qpos, qvel, obs and reward; ``ends`` counts states after which only one of the two terminates.
@@ -99,13 +101,14 @@ def one_step_errors(name: str, num_states: int = 256, seed: int = 0, physics: st
     recalled = numbers[:, mujoco.mj_stateSize(env.model, int(mujoco.mjtState.mjSTATE_INTEGRATION)) :]
     warmstart = numbers[:, start : start + size]
     floats = [jnp.float32(x) for x in (qpos, qvel, warmstart, recalled)]
-    state = State(*floats, jnp.asarray(before.steps))
+    qpos, qvel, warmstart, recalled = floats
+    state = State(qpos, qvel, warmstart, recalled, jnp.asarray(before.steps))
 
     @jax.jit
     def step(state, action):
         return jax.vmap(other._advance, (None, 0, 0, None))(None, state, action, other.default_params)
 
-    new, obs, reward, terminated, _, _ = step(state, action)
+    new, obs, reward, terminated, *_ = step(state, action)
     # The states after a step that ended an episode are those of the next start.
     on = ~(after.terminated | after.truncated)
     next_qpos, next_qvel = positions(env, states.bits[1:].reshape(-1, before.bits.shape[-1]))
@@ -118,7 +121,7 @@ def one_step_errors(name: str, num_states: int = 256, seed: int = 0, physics: st
     }
 
 
-def random_rollout(env, num_steps: int, num_envs: int, seed: int):
+def random_rollout(env, num_steps: int, num_envs: int, seed: int) -> Any:
     """((state, obs) at the start, actions, states after every step, time steps) as NumPy arrays; one compiled program."""
 
     @jax.jit
@@ -145,7 +148,7 @@ def positions(env, bits: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return state[..., 1 : 1 + nq], state[..., 1 + nq : 1 + nq + nv]
 
 
-def make_original(name: str, **options):
+def make_original(name: str, **options) -> Any:
     """Gymnasium's environment, without what it and MuJoCo say about dated versions and models."""
     import gymnasium
 
@@ -187,7 +190,7 @@ def scores(run: str, num_episodes: int, physics: tuple[str, ...] = ("c", "mjx"))
                 over = terminated or truncated
     for engine in physics:
         frame = evaluate_run(run, None, {"physics": engine}, num_episodes, seed=0)
-        found[engine] = frame[frame["policy"] == "mode"]["return"].to_numpy().reshape(num_lanes, num_episodes)
+        found[engine] = np.asarray(frame.loc[frame["policy"] == "mode", "return"]).reshape(num_lanes, num_episodes)
     return found
 
 
@@ -220,7 +223,7 @@ def _print_scores(run: str, num_episodes: int, physics: tuple[str, ...]) -> None
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(prog="python -m pgjax.experiments.mujoco_fidelity", description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parts = parser.add_subparsers(dest="part", required=True)
     part = parts.add_parser("gymnasium", help="C MuJoCo step by step against Gymnasium")
     part.add_argument("--tasks", nargs="+", default=list(TASKS), choices=list(TASKS), metavar="TASK")

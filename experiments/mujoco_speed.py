@@ -15,11 +15,13 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import mujoco
+import mujoco as _mujoco
 import numpy as np
 
 import pgjax
 from pgjax.experiments.mujoco_fidelity import make_original
+
+mujoco: Any = _mujoco  # a compiled module without type information
 
 TASKS = ("HalfCheetah", "Hopper", "Ant", "Humanoid")
 NUM_ENVS = 64
@@ -141,7 +143,7 @@ def _vector(vector, actions: np.ndarray, num: int) -> Contender:
 
 
 def _envpool(task: str, actions: np.ndarray) -> Contender:
-    import envpool
+    import envpool  # pyright: ignore[reportMissingImports]
 
     pool = envpool.make(f"{task}-v4", env_type="gymnasium", num_envs=NUM_ENVS, num_threads=len(os.sched_getaffinity(0)))
     pool.reset()

@@ -19,9 +19,11 @@ import pytest
 
 from pgjax import cli
 
-
 # The longest files first: `make test` gives whole files to its processes, and one that begins last is waited for.
-_LONGEST = ("test_probe_learning", "test_contract", "test_runner", "test_envs", "test_playground", "test_compare", "test_mujoco")
+_LONGEST = (
+    *("test_probe_learning", "test_contract", "test_runner", "test_envs", "test_playground", "test_compare"),
+    "test_mujoco",
+)
 
 
 def pytest_collection_modifyitems(items):

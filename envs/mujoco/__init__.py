@@ -9,12 +9,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import mujoco
+import mujoco as _mujoco
 
 from pgjax.envs import MUJOCO_PHYSICS
 from pgjax.envs.mjx_tools import quiet_loading
 from pgjax.envs.mujoco.tasks import TASKS, Task
 from pgjax.errors import RequestError, close_names
+
+mujoco: Any = _mujoco  # a compiled module without type information
 
 OPTIONS = ("physics", "reset_mode", "episode_length", "num_threads")
 

@@ -13,7 +13,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import mujoco
+import mujoco as _mujoco
 import numpy as np
 from flax import struct
 from mujoco.batch import Batch
@@ -22,6 +22,8 @@ from pgjax.envs.mujoco.tasks import Physics, Task
 from pgjax.errors import RequestError
 from pgjax.spaces import Box
 from pgjax.types import TimeStep
+
+mujoco: Any = _mujoco  # a compiled module without type information
 
 _logger = logging.getLogger(__name__)
 _told: set[str] = set()
@@ -35,9 +37,8 @@ def _tell_once(message: str) -> None:
         _logger.warning("MuJoCo: %s (said once)", message)
 
 
-_library: Any = mujoco  # a compiled module without type information for these
-if _library.get_mju_user_warning() is None:
-    _library.set_mju_user_warning(_tell_once)
+if mujoco.get_mju_user_warning() is None:
+    mujoco.set_mju_user_warning(_tell_once)
 
 _STATE = int(mujoco.mjtState.mjSTATE_INTEGRATION)
 _NO_STAGE = int(mujoco.mjtStage.mjSTAGE_NONE)
@@ -244,7 +245,7 @@ class _Simulations:
         self.batch = Batch(model, num, min(num, num_threads), persistent=self._contact_forces is not None)
         if self.batch.nstate != mujoco.mj_stateSize(model, _STATE):
             raise RuntimeError("MuJoCo's batch no longer keeps the integration state that pgjax carries")
-        self._scratch = mujoco.MjData(model) if self._contact_forces is not None else None
+        self._scratch = mujoco.MjData(model)
         self._qpos, self._qvel, self._ctrl = (self.batch.bind(name) for name in ("qpos", "qvel", "ctrl"))
         self._fields = {name: self.batch.bind(name) for name in task.reads if name != "cfrc_ext"}
         self._bodies = {model.body(i).name: i for i in range(model.nbody)}

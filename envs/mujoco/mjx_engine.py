@@ -8,7 +8,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import mujoco
+import mujoco as _mujoco
 import numpy as np
 from flax import struct
 
@@ -20,6 +20,8 @@ from pgjax.spaces import Box
 
 with light_imports():
     from mujoco import mjx
+
+mujoco: Any = _mujoco  # a compiled module without type information
 
 PyTree = Any
 
