@@ -19,6 +19,7 @@ import mujoco as _mujoco
 import numpy as np
 
 import pgjax
+from pgjax.envs.mjx_tools import quiet_loading
 from pgjax.experiments.mujoco_fidelity import make_original
 
 mujoco: Any = _mujoco  # a compiled module without type information
@@ -127,9 +128,16 @@ def _gymnasium(original, actions: np.ndarray) -> Contender:
 def _async(task: str, num: int):
     import gymnasium
 
-    # Forking a process in which JAX has threads may hang. MuJoCo leaves a file where a dated model is loaded.
-    with tempfile.TemporaryDirectory() as folder, contextlib.chdir(folder):
-        return gymnasium.vector.AsyncVectorEnv([partial(gymnasium.make, f"{task}-v5")] * num, context="spawn")
+    # Forking a process in which JAX has threads may hang. Every process would say on its standard error, and in a file
+    # where it works, that a model is dated.
+    said = os.dup(2)
+    with tempfile.TemporaryDirectory() as folder, contextlib.chdir(folder), open(os.devnull, "w") as nowhere, quiet_loading():
+        os.dup2(nowhere.fileno(), 2)
+        try:
+            return gymnasium.vector.AsyncVectorEnv([partial(gymnasium.make, f"{task}-v5")] * num, context="spawn")
+        finally:
+            os.dup2(said, 2)
+            os.close(said)
 
 
 def _vector(vector, actions: np.ndarray, num: int) -> Contender:
