@@ -59,6 +59,10 @@ _BROKEN = {
     ),
     ("mujoco/Pusher-v4", None): "Gymnasium refuses it on MuJoCo 3 and later, where its model behaves otherwise; use Pusher-v5",
     **{
+        (f"mujoco/{task}", "warp"): "Warp computes no contact forces on bodies, which the task observes or pays for"
+        for task in ("Ant-v5", "Humanoid-v5", "HumanoidStandup-v5", "Humanoid-v4", "HumanoidStandup-v4")
+    },
+    **{
         ("brax/swimmer", backend): "Brax's swimmer accepts only the generalized backend"
         for backend in ("spring", "positional", "mjx")
     },

@@ -18,6 +18,7 @@ from flax import struct
 from pgjax.envs import PLAYGROUND_IMPLS
 from pgjax.envs.auto_reset import AutoReset
 from pgjax.envs.mjx_tools import flat_obs, light_imports, quiet_loading, use_warp, with_attribute
+from pgjax.envs.options import check_count, fit
 from pgjax.errors import RequestError, close_names
 from pgjax.spaces import Box
 
@@ -83,8 +84,8 @@ def from_playground(
     Raises:
         RequestError: unknown ``reset_mode``, an episode length or repetition below 1, or an ``env`` without a model.
     """
-    _check_count("episode_length", episode_length)
-    _check_count("action_repeat", action_repeat)
+    check_count("episode_length", episode_length)
+    check_count("action_repeat", action_repeat)
     task = env.unwrapped
     if not hasattr(task, "_mjx_model"):
         raise RequestError(f"env = {type(task).__name__} keeps no model in _mjx_model; Playground's tasks do")
@@ -193,7 +194,7 @@ def make(
     if round(ctrl_dt / sim_dt) < 1 or abs(ctrl_dt / sim_dt - round(ctrl_dt / sim_dt)) > 1e-3:
         raise RequestError(f"ctrl_dt = {ctrl_dt} is not a whole number of sim_dt = {sim_dt}; change one of them")
     action_repeat = config.action_repeat if action_repeat is None else action_repeat
-    _check_count("action_repeat", action_repeat)
+    check_count("action_repeat", action_repeat)
     limit = -(-config.episode_length // action_repeat) if episode_length is None else episode_length
     if impl == "warp":
         use_warp("impl = 'warp'", "impl = 'jax'")
@@ -204,11 +205,6 @@ def make(
     return from_playground(env, limit, reset_mode, name, action_repeat, share)
 
 
-def _check_count(field: str, number: Any) -> None:
-    if isinstance(number, bool) or not isinstance(number, int | np.integer) or number < 1:
-        raise RequestError(f"{field} = {number!r} must be a whole number of at least 1")
-
-
 def _settings(short_name: str) -> dict[str, Any]:
     config = mujoco_playground.dm_control_suite.get_default_config(short_name)
     return {key: config[key] for key in config if key not in _NO_OVERRIDES and not isinstance(config[key], Mapping)}
@@ -216,13 +212,10 @@ def _settings(short_name: str) -> dict[str, Any]:
 
 def _fit(key: str, value: Any, default: Any) -> Any:
     """``value`` in the type of the setting that it replaces; every number here is a size or a duration."""
-    wanted = type(default)
-    fits = isinstance(value, wanted) or (wanted is float and isinstance(value, int))
-    if not fits or (isinstance(value, bool) and wanted is not bool):
-        raise RequestError(f"{key} = {value!r} does not fit; it is a {wanted.__name__}, by default {default!r}")
-    if wanted in (int, float) and not (0 < value < np.inf or (wanted is int and value == 0)):
+    value = fit(key, value, default)
+    if not isinstance(value, bool) and (value < 0 or (isinstance(value, float) and value == 0)):
         raise RequestError(f"{key} = {value!r} must be positive")
-    return wanted(value)
+    return value
 
 
 def _with_model(env, model: PyTree):

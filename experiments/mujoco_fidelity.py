@@ -19,6 +19,7 @@ import numpy as np
 from pgjax.envs import MUJOCO_PHYSICS, make_env
 from pgjax.envs.mjx_tools import quiet_loading
 from pgjax.envs.mujoco.tasks import TASKS
+from pgjax.errors import RequestError
 from pgjax.experiments.evaluate_run import evaluate_run
 from pgjax.runner import RunSpec, policies_of
 from pgjax.store import read_run
@@ -58,7 +59,10 @@ def against_gymnasium(
     episodes = ends = 0
 
     def note(what, ours, theirs, scale=1.0):
-        worst[what] = max(worst[what], float(np.max(np.abs(np.float64(ours) - theirs)) / scale))
+        if np.shape(ours) != np.shape(theirs):
+            raise ValueError(f"{name}: {what} has shape {np.shape(ours)} here and {np.shape(theirs)} in Gymnasium")
+        # NumPy's maximum, unlike Python's, keeps a NaN.
+        worst[what] = float(np.maximum(worst[what], np.max(np.abs(np.float64(ours) - theirs)) / scale))
 
     for i in range(num_envs):
         original = make_original(name, **options)
@@ -84,9 +88,9 @@ def against_gymnasium(
 
 
 def one_step_errors(name: str, num_states: int = 256, seed: int = 0, physics: str = "mjx") -> dict[str, Any]:
-    """Absolute errors of one step of MJX from states that C MuJoCo visits under random actions; quantity -> errors.
+    """Absolute errors of one step of MJX from states of C MuJoCo: 16 episodes' first ``num_states`` / 16 under random actions.
 
-    The quantities are qpos, qvel, obs and reward; ``ends`` counts states after which only one of the two terminates.
+    The quantities are qpos, qvel, obs and reward; ``ends`` tells states after which only one of the two terminates.
     """
     from pgjax.envs.mujoco.mjx_engine import State
 
@@ -97,9 +101,10 @@ def one_step_errors(name: str, num_states: int = 256, seed: int = 0, physics: st
     action, after = (jax.tree.map(lambda x: x[1:].reshape(-1, *x.shape[2:]), x) for x in (actions, steps))
     qpos, qvel = positions(env, before.bits)
     numbers = before.bits.view(np.float64)
-    start, size = 1 + env.model.nq + env.model.nv + env.model.na, env.model.nv
-    recalled = numbers[:, mujoco.mj_stateSize(env.model, int(mujoco.mjtState.mjSTATE_INTEGRATION)) :]
-    warmstart = numbers[:, start : start + size]
+    bit = mujoco.mjtState
+    recalled = numbers[:, mujoco.mj_stateSize(env.model, int(bit.mjSTATE_INTEGRATION)) :]
+    start = mujoco.mj_stateSize(env.model, int(bit.mjSTATE_WARMSTART) - 1)  # every component before it
+    warmstart = numbers[:, start : start + env.model.nv]
     floats = [jnp.float32(x) for x in (qpos, qvel, warmstart, recalled)]
     qpos, qvel, warmstart, recalled = floats
     state = State(qpos, qvel, warmstart, recalled, jnp.asarray(before.steps))
@@ -170,9 +175,13 @@ def begin(original, qpos: np.ndarray, qvel: np.ndarray) -> np.ndarray:
 def scores(run: str, num_episodes: int, physics: tuple[str, ...] = ("c", "mjx")) -> dict[str, np.ndarray]:
     """Returns [lanes, num_episodes] of a run's final policies, acting by their mode, in Gymnasium itself and here.
 
-    Each place draws its own starts. ``run`` is the folder of a run on a version 5 task.
+    Each place draws its own starts. ``run`` is the folder of a run on one of the tasks with its default options.
+
+    Raises: RequestError if the run had options of its own.
     """
     spec = RunSpec.from_config(read_run(run)["config"])
+    if set(spec.env_options) - {"physics", "num_threads", "reset_mode"}:
+        raise RequestError(f"{run} was trained with {spec.env_options}; only runs with the task's defaults are scored")
     algorithm = spec.build()
     policies, columns = policies_of(run, algorithm)
     num_lanes = len(columns["seed"])
@@ -215,7 +224,7 @@ def _print_mjx(names, num_states: int, physics: str) -> None:
 
 def _print_scores(run: str, num_episodes: int, physics: tuple[str, ...]) -> None:
     found = scores(run, num_episodes, physics)
-    print("| seed | " + " | ".join(found) + " |")
+    print("| lane | " + " | ".join(found) + " |")
     print("|---" * (len(found) + 1) + "|")
     for lane in range(len(found["gymnasium"])):
         cells = [f"{x[lane].mean():.1f} ± {1.96 * x[lane].std(ddof=1) / np.sqrt(num_episodes):.1f}" for x in found.values()]

@@ -327,6 +327,8 @@ def _value(text: str) -> Any:
     for kind in (int, float):
         with contextlib.suppress(ValueError):
             return kind(text)
+    if "," in text and not any(isinstance(value := _value(part), str) or value is None for part in text.split(",")):
+        return tuple(map(_value, text.split(",")))  # a range, as in healthy_z_range=0.7,2
     return text
 
 

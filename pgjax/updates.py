@@ -117,11 +117,11 @@ def shuffled(setup, key: jax.Array, num_epochs: int) -> jax.Array | None:
     # All epochs in one draw and one sort: every further one costs compile time, and this is on the way of every start.
     # Sorting by random words is a uniform permutation but for ties, so large batches get two words for each sample. The
     # sample's number takes the lowest bits of the last word: a CPU sorts single words five times faster than pairs.
-    words = jax.random.bits(key, (1 if num <= 1 << 10 else 2, num_epochs, num))
+    words = jax.random.bits(key, (1 if num <= 1 << 10 else 2, num_epochs, num), jnp.uint32)
     mask = jnp.uint32((1 << (num - 1).bit_length()) - 1)
     # Numbers are crossed with random bits, one pattern for each epoch, which makes the order of tied samples random too.
     pattern = words[-1, :, :1] & mask
-    last = (words[-1] & ~mask) | (jnp.arange(num, dtype=jnp.uint32) ^ pattern)
+    last = (words[-1] & ~mask) | (jnp.arange(num, dtype=jnp.uint32)[None] ^ pattern)
     *_, last = jax.lax.sort((*words[:-1], last), dimension=1, num_keys=len(words), is_stable=False)
     order = ((last & mask) ^ pattern).astype(jnp.int32)
     return order.reshape(num_epochs * setup.num_minibatches, -1)

@@ -43,6 +43,17 @@ class TestAgainstGymnasium:
         options["exclude_current_positions_from_observation"] = False
         assert_same(name, 40, **options)
 
+    def test_contact_forces_of_version_4_on_request(self):
+        assert pgjax.make_env("mujoco/Ant-v4").observation_space.shape == (27,)
+        assert_same("Ant-v4", 40, use_contact_forces=True)
+
+    def test_a_difference_is_seen(self, monkeypatch):
+        """Of a reward that is no number, as of one that is wrong."""
+        for wrong in (np.nan, 0.5):
+            task = TASKS["Swimmer-v5"]()._replace(recall=lambda p, wrong=wrong: p.qpos[..., :2] + wrong)
+            monkeypatch.setitem(TASKS, "Swimmer-v5", lambda task=task: task)
+            assert not fidelity.against_gymnasium("Swimmer-v5", 3).reward < 1e-6
+
     @pytest.mark.slow
     @pytest.mark.parametrize("name", sorted(TASKS))
     def test_through_whole_episodes(self, name):
@@ -51,17 +62,17 @@ class TestAgainstGymnasium:
     @pytest.mark.parametrize("name", VERSION_5)
     def test_starts_are_distributed_alike(self, name):
         """Kolmogorov-Smirnov on every position and velocity; a start that never varies must be the same number."""
-        num = 400
+        num = 600
         env = pgjax.make_env(f"mujoco/{name}")
-        state, _ = jax.jit(env.reset)(jax.random.split(jax.random.key(1), num), env.default_params)
+        state, _ = jax.jit(env.reset)(jax.random.split(jax.random.key(1), 10 * num), env.default_params)
         ours = np.concatenate(fidelity.positions(env, np.asarray(state.bits)), 1)
         original = fidelity.make_original(name).unwrapped
-        theirs = np.empty_like(ours)
+        theirs = np.empty((num, ours.shape[1]))
         for i in range(num):
             original.reset(seed=i)
             theirs[i] = np.concatenate([original.data.qpos, original.data.qvel])
         fixed = theirs.std(0) == 0
-        np.testing.assert_allclose(ours[:, fixed], theirs[:, fixed], atol=1e-7)
+        np.testing.assert_allclose(ours[:num, fixed], theirs[:, fixed], atol=1e-7)
         values = [stats.ks_2samp(a, b).pvalue for a, b in zip(ours.T[~fixed], theirs.T[~fixed], strict=True)]
         assert min(values) > 1e-4 / len(values)
 
@@ -110,15 +121,16 @@ class TestPureFunction:
         for i in range(2):
             single = jax.jit(play)(keys[i], jax.tree.map(lambda x, i=i: x[i], limits))
             jax.tree.map(np.testing.assert_array_equal, jax.tree.map(lambda x, i=i: x[i], lanes), single)
-        assert lanes[1][1].sum() == 2 * 0 + 3 * 3 + 3 * 1 + 0
+        assert lanes[1][1].sum() == 3 * 3 + 3 * 1
 
     def test_an_action_that_is_no_number_is_flagged(self, env):
         state, _ = env.reset(jax.random.split(jax.random.key(0), 2), env.default_params)
-        action = jnp.zeros((2, 8)).at[1, 3].set(jnp.nan)
         keys = jax.random.split(jax.random.key(1), 2)
-        _, timestep = jax.jit(env.step)(keys, state, action, env.default_params)
-        assert np.isfinite(timestep.reward[0]) and np.isnan(timestep.reward[1])
-        assert np.isfinite(timestep.final_obs).all()
+        for bad in (jnp.nan, jnp.inf):
+            action = jnp.zeros((2, 8)).at[1, 3].set(bad)
+            _, timestep = jax.jit(env.step)(keys, state, action, env.default_params)
+            assert np.isfinite(timestep.reward[0]) and np.isnan(timestep.reward[1])
+            assert np.isfinite(timestep.final_obs).all()
 
     def test_a_diverging_simulation_is_told_once_and_writes_no_file(self, tmp_path, monkeypatch, caplog):
         from pgjax.envs.mujoco import c_engine
@@ -142,8 +154,14 @@ class TestPureFunction:
         [
             ({"physics": "d"}, "physics = 'd' is unknown"),
             ({"reset_mode": "pool"}, "reset_mode = 'pool' is not for physics = 'c'"),
-            ({"episode_length": 0}, "episode_length = 0 must be at least 1"),
-            ({"num_threads": 0}, "num_threads = 0 must be at least 1"),
+            ({"reset_mode": "pol"}, "reset_mode = 'pol' is unknown: did you mean pool"),
+            ({"episode_length": 0}, "episode_length = 0 must be a whole number of at least 1"),
+            ({"episode_length": 1.5}, "episode_length = 1.5 must be a whole number of at least 1"),
+            ({"num_threads": "x"}, "num_threads = 'x' must be a whole number of at least 1"),
+            ({"healthy_reward": "x"}, "healthy_reward = 'x' does not fit; it is a number, by default 1.0"),
+            ({"healthy_reward": float("nan")}, "healthy_reward = nan does not fit"),
+            ({"terminate_when_unhealthy": "no"}, "terminate_when_unhealthy = 'no' does not fit; it is true or false"),
+            ({"healthy_z_range": 0.7}, "healthy_z_range = 0.7 is no range; give (low, high), by default (0.7, inf)"),
             ({"num_threads": 2, "physics": "mjx"}, "num_threads = 2 is for physics = 'c' only"),
             ({"helthy_reward": 2.0}, "option 'helthy_reward' is unknown to mujoco/Hopper-v5: did you mean healthy_reward"),
         ],
@@ -162,13 +180,14 @@ class TestTwoHostDevices:
             from pgjax.lanes import use_host_devices
             use_host_devices(2)
             from pgjax.algorithms import a2c
+            from pgjax.lanes import choose_devices
             assert len(jax.devices()) == 2
             env = pgjax.make_env("mujoco/Ant-v5", episode_length=3)
+            assert len(choose_devices(2, env.host_callback)) == 1
             algorithm = a2c.make(env, a2c.Setup(num_envs=512, num_steps=4, hidden_sizes=(8,)))
             spec = pgjax.RunSpec("a2c", env.name, 4096, seeds=(0, 1), num_evals=1, eval_episodes=4)
             with pgjax.RunStore.create(sys.argv[1], spec.config()) as store:
-                said = []
-                assert pgjax.run(spec, store, said.append, algorithm=algorithm).status == "finished"
+                assert pgjax.run(spec, store, algorithm=algorithm).status == "finished"
         """
         env = {**os.environ, "PYTHONPATH": str(ROOT)}
         command = [sys.executable, "-c", textwrap.dedent(code), str(tmp_path / "run")]
@@ -178,7 +197,7 @@ class TestTwoHostDevices:
 
 
 class TestMjx:
-    """InvertedPendulum compiles in seconds; the other tasks, whose programs take minutes, are slow tests."""
+    """InvertedPendulum compiles in a quarter of a minute; the other tasks, which take up to three, are slow tests."""
 
     @pytest.mark.parametrize("physics", ["mjx", "warp"])
     def test_one_step_is_that_of_c_mujoco_within_rounding(self, physics):
@@ -210,7 +229,34 @@ class TestMjx:
         scale = 30 if name.startswith("Humanoid") else 1
         assert np.median(errors["qpos"]) < 1e-5 * scale
         assert np.median(errors["qvel"]) < 1e-3 * scale
+        assert np.median(errors["obs"]) < 1e-4 * scale
+        assert np.median(errors["reward"]) < 1e-3 * scale
         assert errors["ends"].mean() < 0.02
+
+    @pytest.mark.parametrize("name", [n for n in VERSION_5 if not n.startswith(("Ant", "Humanoid"))])
+    def test_warp_traces_every_task_that_it_can_do(self, name):
+        pytest.importorskip("warp")
+        env = pgjax.make_env(f"mujoco/{name}", physics="warp")
+        state, obs = jax.eval_shape(env.reset, jax.random.split(jax.random.key(0), 3), env.default_params)
+        action = jax.ShapeDtypeStruct((3, *env.action_space.shape), jnp.float32)
+        step = jax.eval_shape(env.step, jax.random.split(jax.random.key(0), 3), state, action, env.default_params)[1]
+        assert step.obs.shape == obs.shape
+
+    def test_warp_keeps_the_contacts_of_a_whole_batch(self):
+        """Its own default would be enough for a few environments only, and drop the rest of the contacts."""
+        pytest.importorskip("warp")
+        env = pgjax.make_env("mujoco/HalfCheetah-v5", physics="warp")
+        state, _ = env.reset(jax.random.split(jax.random.key(0), 64), env.default_params)
+        same = jax.tree.map(lambda x: jnp.broadcast_to(x[:1], x.shape), state.state)
+        same = same.replace(qpos=same.qpos.at[:, 1].set(-0.1))  # into the ground
+        after = jax.jit(env.step)(
+            jax.random.split(jax.random.key(1), 64), state.replace(state=same), jnp.zeros((64, 6)), env.default_params
+        )[1].final_obs
+        np.testing.assert_allclose(after, np.broadcast_to(after[:1], after.shape), rtol=1e-4, atol=1e-4)
+
+    def test_tasks_that_warp_cannot_do_are_refused(self):
+        with pytest.raises(RequestError, match="'warp' computes no contact forces on bodies, which mujoco/Ant-v5 reads"):
+            pgjax.make_env("mujoco/Ant-v5", physics="warp")
 
     def test_warp_that_is_missing_is_named(self, monkeypatch):
         find_spec = importlib.util.find_spec

@@ -5,6 +5,7 @@ Gymnasium does; ``mjx_engine.py`` on MJX, in JAX or in Warp, on any accelerator.
 """
 
 import importlib.util
+import inspect
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,8 +13,10 @@ from typing import Any
 import mujoco as _mujoco
 
 from pgjax.envs import MUJOCO_PHYSICS
+from pgjax.envs.auto_reset import RESET_MODES
 from pgjax.envs.mjx_tools import quiet_loading
 from pgjax.envs.mujoco.tasks import TASKS, Task
+from pgjax.envs.options import check_count, fit
 from pgjax.errors import RequestError, close_names
 
 mujoco: Any = _mujoco  # a compiled module without type information
@@ -41,20 +44,29 @@ def make(
     num_threads: int | None = None,
     **options: Any,
 ):
-    """A task on one of the physics engines; ``options`` are the keyword arguments of Gymnasium's constructor.
+    """A task on one of the physics engines; ``options`` are those of Gymnasium's constructor that the task has.
 
     Raises:
         RequestError: an option that is unknown, out of range or of no meaning for these physics, or a missing package.
     """
     if physics not in MUJOCO_PHYSICS:
         raise RequestError(f"physics = {physics!r} is unknown: {close_names(str(physics), MUJOCO_PHYSICS)}")
-    task = TASKS[short_name](**options)
+    if episode_length is not None:
+        check_count("episode_length", episode_length)
+    if reset_mode not in (None, *RESET_MODES):
+        raise RequestError(f"reset_mode = {reset_mode!r} is unknown: {close_names(str(reset_mode), RESET_MODES)}")
+    defaults = inspect.signature(TASKS[short_name]).parameters
+    task = TASKS[short_name](**{key: fit(key, value, defaults[key].default) for key, value in options.items()})
     model = load_model(task.xml)
+    if num_threads is not None:
+        check_count("num_threads", num_threads)
     if physics == "c":
         from pgjax.envs.mujoco.c_engine import CMujoco
 
         if reset_mode not in (None, "exact"):
-            raise RequestError(f"reset_mode = {reset_mode!r} is not for physics = 'c': its starts are exact at no cost")
+            raise RequestError(
+                f"reset_mode = {reset_mode!r} is not for physics = 'c', where only environments that ended are started anew"
+            )
         return CMujoco(name, model, task, episode_length=episode_length, num_threads=num_threads)
     if num_threads is not None:
         raise RequestError(f"num_threads = {num_threads} is for physics = 'c' only")

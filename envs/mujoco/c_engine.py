@@ -1,4 +1,4 @@
-"""C MuJoCo as a pure function: Gymnasium's tasks bit for bit, on the CPU's cores, inside any jitted program.
+"""C MuJoCo as a pure function: Gymnasium's physics bit for bit, on the CPU's cores, inside any jitted program.
 
 A step leaves the device through ``jax.pure_callback``. Nothing is remembered between calls: all that MuJoCo's next step
 depends on, warm start included, is in the environment's state, as the bits of its float64 numbers. So float32 stays
@@ -19,7 +19,6 @@ from flax import struct
 from mujoco.batch import Batch
 
 from pgjax.envs.mujoco.tasks import Physics, Task
-from pgjax.errors import RequestError
 from pgjax.spaces import Box
 from pgjax.types import TimeStep
 
@@ -41,6 +40,7 @@ if mujoco.get_mju_user_warning() is None:
     mujoco.set_mju_user_warning(_tell_once)
 
 _STATE = int(mujoco.mjtState.mjSTATE_INTEGRATION)
+_SIZES_KEPT = 4
 _NO_STAGE = int(mujoco.mjtStage.mjSTAGE_NONE)
 
 
@@ -65,7 +65,7 @@ class State:
 
 
 class CMujoco:
-    """An ``Environment`` on C MuJoCo; ``reset_mode`` is ``"exact"``, which costs only the environments that ended.
+    """An ``Environment`` on C MuJoCo; ``reset_mode`` is ``"exact"``: only environments that ended are started anew.
 
     Actions that are not finite earn a reward of NaN and act as zeros; MuJoCo itself would zero them silently. A simulation
     that diverges is set back to the model's initial state by MuJoCo within the step, as in Gymnasium.
@@ -74,9 +74,6 @@ class CMujoco:
         name: public name.  model: MuJoCo's model.  task: what is observed and earned.
         episode_length: time limit in steps; None means the task's own.
         num_threads: cores a step uses; None means all that this process may run on.
-
-    Raises:
-        RequestError: an episode length or a number of threads below 1.
     """
 
     host_callback = True
@@ -86,10 +83,6 @@ class CMujoco:
         self, name: str, model: Any, task: Task, *, episode_length: int | None = None, num_threads: int | None = None
     ):
         episode_length = task.max_episode_steps if episode_length is None else episode_length
-        if episode_length < 1:
-            raise RequestError(f"episode_length = {episode_length} must be at least 1")
-        if num_threads is not None and num_threads < 1:
-            raise RequestError(f"num_threads = {num_threads} must be at least 1; leave it out to use every core")
         self.name = name
         self.model = model
         self.task = task
@@ -229,8 +222,12 @@ class _Pool:
         return np.concatenate([simulations.batch.state, recalled], 1).view(np.uint32)
 
     def _simulations(self, num: int) -> "_Simulations":
+        """Those of one batch size. The last few sizes are kept: training, evaluation, and a single one for a look."""
         if num not in self._batches:
+            while len(self._batches) >= _SIZES_KEPT:
+                del self._batches[next(iter(self._batches))]
             self._batches[num] = _Simulations(self.model, self.task, num, self.num_threads)
+        self._batches[num] = self._batches.pop(num)
         return self._batches[num]
 
 

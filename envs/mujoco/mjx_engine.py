@@ -24,6 +24,8 @@ with light_imports():
 mujoco: Any = _mujoco  # a compiled module without type information
 
 PyTree = Any
+# Of a whole batch, and of one environment: enough for a thousand humanoids.
+_WARP_CONTACTS, _WARP_CONSTRAINTS = 1 << 15, 256
 
 
 @struct.dataclass
@@ -64,7 +66,8 @@ def mjx_env(
 ) -> AutoReset:
     """An ``Environment`` on MJX.
 
-    MJX has no PGS solver: the humanoids, whose models ask for it, are solved by Newton's method here.
+    MJX has no PGS solver: the humanoids, whose models ask for it, are solved by Newton's method here. A simulation that
+    diverges ends its episode as a termination, with reward 0, an observation of zeros and 1 in the metric ``unstable``.
 
     Args:
         name: public name.  model: C MuJoCo's model.  task: what is observed and earned.
@@ -73,16 +76,20 @@ def mjx_env(
         episode_length: time limit in steps; None means the task's own.
 
     Raises:
-        RequestError: unknown ``reset_mode``, an episode length below 1, or Warp asked for and missing or not working.
+        RequestError: unknown ``reset_mode``, Warp asked for and missing or not working, or for a task that it cannot do.
     """
     episode_length = task.max_episode_steps if episode_length is None else episode_length
-    if episode_length < 1:
-        raise RequestError(f"episode_length = {episode_length} must be at least 1")
     impl = {"mjx": "jax", "warp": "warp"}[implementation]
     if impl == "warp":
+        if "cfrc_ext" in task.reads:
+            raise RequestError(
+                f"physics = 'warp' computes no contact forces on bodies, which {name} reads; take physics = 'mjx'"
+            )
         use_warp("physics = 'warp'", "physics = 'mjx'")
     supported = _with_supported_options(model)
-    template = mjx.make_data(supported, impl=impl)
+    # Warp keeps the contacts of a whole batch in one list, of a length that is fixed here; those beyond it are dropped.
+    sizes = {"naconmax": _WARP_CONTACTS, "njmax": _WARP_CONSTRAINTS} if impl == "warp" else {}
+    template = mjx.make_data(supported, impl=impl, **sizes)
     bodies = {model.body(i).name: i for i in range(model.nbody)}
 
     def as_arrays(params) -> Params:
@@ -91,7 +98,10 @@ def mjx_env(
 
     def physics(params, data) -> Physics:
         # Some of MuJoCo's fields belong to an implementation's own part of the data.
-        fields = {field: getattr(data if hasattr(data, field) else data._impl, field) for field in task.reads}
+        fields = {}
+        for field in task.reads:
+            public = vars(data).get(field)
+            fields[field] = getattr(data._impl, field) if public is None else public
         return Physics(jnp, params.model, bodies, data.qpos, data.qvel, **fields)
 
     def start(key, params):
@@ -113,10 +123,18 @@ def mjx_env(
             data = mjx.rne_postconstraint(params.model, data)
         p = physics(params, data)
         reward, terminated, metrics = task.outcome(state.recalled, p, action)
+        # C MuJoCo sets a simulation that diverges back by itself. Here it ends the episode, before a NaN reaches the learner.
+        obs = task.observe(p)
+        unstable = ~(jnp.isfinite(obs).all() & jnp.isfinite(reward))
+        reward = jnp.where(unstable, 0.0, reward)
+        obs = jnp.where(unstable, 0.0, obs)
+        metrics = {key: jnp.where(unstable, 0.0, value) for key, value in metrics.items()}
+        metrics["unstable"] = unstable.astype(jnp.float32)
+        terminated = terminated | unstable
         steps = state.steps + 1
         truncated = (steps >= params.max_episode_steps) & ~terminated
         state = State(data.qpos, data.qvel, data.qacc_warmstart, task.recall(p), steps)
-        return state, task.observe(p), reward, terminated, truncated, metrics
+        return state, obs, reward, terminated, truncated, metrics
 
     # On the host, because MJX ties its arrays to one device, and lanes may run on several.
     mjx_model = jax.tree.map(np.asarray, mjx.put_model(supported, impl=impl))

@@ -2,8 +2,8 @@
 
 Every function is written for any array namespace and any leading axes: NumPy in float64 over a batch for C MuJoCo,
 ``jax.numpy`` for one environment of MJX. The models are Gymnasium's own files. A task's keyword arguments are those of
-Gymnasium's constructor, with its defaults. Version 4 is what most papers were measured on; docs/mujoco.md lists what
-version 5 changed.
+Gymnasium's version 5, with its defaults, but for other models, frame skips and bodies. Version 4 is what most papers were
+measured on; docs/mujoco.md lists what version 5 changed.
 
 Source: gymnasium 1.3.0, gymnasium/envs/mujoco/*_v5.py and *_v4.py.
 """
@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 
 Range = tuple[float, float]
-# Chance that no candidate is accepted: 5e-22 for Reacher, 3e-14 for Pusher.
+# Chance that no candidate is accepted: 4e-22 for Reacher, 3e-14 for Pusher.
 _NUM_CANDIDATES = 32
 
 
@@ -28,8 +28,8 @@ class Physics:
 
     xp: array namespace of the arrays.  model: object with ``body_mass`` and ``opt.timestep``.
     bodies: name of a body -> its index.  The fields are MuJoCo's ``mjData`` fields of the same names; those after ``qvel``
-    are there only if the task lists them in ``reads``. They are one substep behind ``qpos`` and ``qvel``, because MuJoCo
-    computes them at the beginning of a substep, and Gymnasium's observations and rewards have that lag in them.
+    are there only if the task lists them in ``reads``. They are a little behind ``qpos`` and ``qvel``: of the beginning of the
+    last substep, or of the last stage of a Runge-Kutta one. Gymnasium's observations and rewards have that lag in them.
     """
 
     xp: Any
@@ -52,7 +52,10 @@ class Physics:
 
 
 class Outcome(NamedTuple):
-    """What a step earned. reward: [...].  terminated: [...] bool.  metrics: scalars of version 5's ``info``."""
+    """What a step earned.
+
+    reward: [...].  terminated: [...] bool.  metrics: what version 5's ``info`` says of the reward and the motion.
+    """
 
     reward: Any
     terminated: Any
@@ -268,6 +271,35 @@ def ant(
     reads = ("xpos", "cfrc_ext") if uses_contacts else ("xpos",)
     start = partial(_uniform_and_normal, scale=reset_noise_scale)
     return Task("ant.xml", 5, reads, observe, recall, outcome, start)
+
+
+def ant_v4(
+    *,
+    forward_reward_weight: float = 1.0,
+    ctrl_cost_weight: float = 0.5,
+    use_contact_forces: bool = False,
+    contact_cost_weight: float = 5e-4,
+    healthy_reward: float = 1.0,
+    terminate_when_unhealthy: bool = True,
+    healthy_z_range: Range = (0.2, 1.0),
+    contact_force_range: Range = (-1.0, 1.0),
+    reset_noise_scale: float = 0.1,
+    exclude_current_positions_from_observation: bool = True,
+) -> Task:
+    """``ant`` of version 4, whose contact forces are observed (111 numbers in all) and paid for on request only."""
+    return ant(
+        4,
+        forward_reward_weight=forward_reward_weight,
+        ctrl_cost_weight=ctrl_cost_weight,
+        contact_cost_weight=contact_cost_weight if use_contact_forces else 0.0,
+        healthy_reward=healthy_reward,
+        terminate_when_unhealthy=terminate_when_unhealthy,
+        healthy_z_range=healthy_z_range,
+        contact_force_range=contact_force_range,
+        reset_noise_scale=reset_noise_scale,
+        exclude_current_positions_from_observation=exclude_current_positions_from_observation,
+        include_cfrc_ext_in_observation=use_contact_forces,
+    )
 
 
 def humanoid(
@@ -502,7 +534,7 @@ TASKS: dict[str, Callable[..., Task]] = {
     "HalfCheetah-v4": partial(half_cheetah, 4),
     "Hopper-v4": partial(hopper, 4),
     "Walker2d-v4": partial(walker2d, 4),
-    "Ant-v4": partial(ant, 4, contact_cost_weight=0.0, include_cfrc_ext_in_observation=False),
+    "Ant-v4": ant_v4,
     "Humanoid-v4": partial(humanoid, 4, contact_cost_weight=0.0),
     "HumanoidStandup-v4": partial(humanoid_standup, 4),
     "Swimmer-v4": partial(swimmer, 4),
