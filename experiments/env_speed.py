@@ -9,7 +9,7 @@ import time
 
 import jax
 
-from pgjax.envs import make_env
+import pgjax
 from pgjax.spaces import Discrete
 
 
@@ -20,7 +20,7 @@ def measure(name: str, num_envs: int, num_steps: int, repeats: int, **options) -
     ``refresh`` after it is compiled; ``env_steps_per_second``, of the fastest rollout.
     """
     begin = time.perf_counter()
-    env = make_env(name, **options)
+    env = pgjax.make_env(name, **options)
     params, space = env.default_params, env.action_space
     seconds = {"make": time.perf_counter() - begin}
 

@@ -24,7 +24,8 @@ FORBIDDEN = {
     "pgjax": ("pgjax.envs", "pgjax.algorithms", "pgjax.experiments"),
     "envs": ("pgjax.algorithms", "pgjax.experiments"),
     "algorithms": ("pgjax.envs", "pgjax.experiments"),
-    "experiments": ("pgjax.envs",),
+    # Some measure an adapter itself; nothing stands above them but the command line.
+    "experiments": (),
 }
 # The command line puts everything together; pgjax/__init__.py offers everything, on first use.
 MAY_IMPORT_ALL, MAY_IMPORT_ALL_LATER = "pgjax/cli.py", "pgjax/__init__.py"
@@ -102,7 +103,8 @@ def test_arrows_point_one_way(path):
         ("algorithms/a.py", "from pgjax.envs import make_env", ["pgjax.envs", "pgjax.envs.make_env"]),
         ("algorithms/a.py", "from pgjax.types import Objective", []),
         ("experiments/a.py", "import pgjax.algorithms", []),
-        ("experiments/deep/a.py", "from ...envs import brax", ["pgjax.envs", "pgjax.envs.brax"]),
+        ("experiments/deep/a.py", "from ...envs import brax", []),
+        ("experiments/deep/a.py", "import envs", ["envs"]),
     ],
 )
 def test_the_check_finds_what_it_should(path, text, wrong):

@@ -88,7 +88,7 @@ def mjx_env(
         use_warp("physics = 'warp'", "physics = 'mjx'")
     supported = _with_supported_options(model)
     # Warp keeps the contacts of a whole batch in one list, of a length that is fixed here; those beyond it are dropped.
-    sizes = {"naconmax": _WARP_CONTACTS, "njmax": _WARP_CONSTRAINTS} if impl == "warp" else {}
+    sizes: dict[str, Any] = {"naconmax": _WARP_CONTACTS, "njmax": _WARP_CONSTRAINTS} if impl == "warp" else {}
     template = mjx.make_data(supported, impl=impl, **sizes)
     bodies = {model.body(i).name: i for i in range(model.nbody)}
 
