@@ -41,7 +41,7 @@ lock:
 	@command -v uv >/dev/null || { echo "make lock needs uv: pip install uv" >&2; exit 1; }
 	@{ echo "# Pinned dependencies of pgjax and all its extras but cuda13, for Python >= 3.11. Made by: make lock"; \
 	uv pip compile pyproject.toml --universal --python-version 3.11 --no-header --no-annotate --upgrade --quiet \
-	--extra mujoco --extra playground --extra warp --extra wandb --extra tensorboard --extra notebooks --extra test; } > requirements.lock.new
+	--extra mujoco --extra playground --extra warp --extra wandb --extra tensorboard --extra ray --extra slurm --extra search --extra notebooks --extra test; } > requirements.lock.new
 	@mv requirements.lock.new requirements.lock
 
 # The stamp is written last, so that an installation that was cut short is taken up again. uv, where there is one, takes
