@@ -27,8 +27,8 @@ class Result:
     seconds: spent compiling, training and so on by the program that trained it, perhaps with other configurations.
     seeds: [S], those that stayed finite; frozen: those that did not, and are in no number.
     env_steps: [E], of each evaluation.
-    returns: by policy (``mode``, ``sample``) [S, E], mean over an evaluation's episodes; NaN where a seed has no episode. A run
-    without evaluations has ``training`` instead, the return of the episodes that ended while it was trained.
+    returns: by policy (``mode``, ``sample``) [S, E], mean over an evaluation's episodes; NaN where a seed has no episode. A
+    run without evaluations has ``training`` instead, the return of the episodes that ended while it was trained.
     """
 
     path: str

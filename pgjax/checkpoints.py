@@ -24,7 +24,7 @@ from typing import Any
 
 import numpy as np
 
-from pgjax.errors import RequestError, RunError
+from pgjax.errors import DamagedFile, RequestError, RunError
 
 PyTree = Any
 Folder = str | os.PathLike[str]
@@ -36,7 +36,7 @@ PACK_BYTES = 1 << 20
 CHUNK_BYTES = 1 << 26
 
 
-class CorruptCheckpoint(RequestError):
+class CorruptCheckpoint(DamagedFile):
     """The files of a checkpoint are not those that were written."""
 
 

@@ -171,6 +171,7 @@ def _train_request(name: str, module, argv: list[str]):
     import tyro
 
     from pgjax.experiments import presets
+    from pgjax.experiments.objective_file import load_objective
     from pgjax.runner import RunSpec
     from pgjax.store import read_run
 
@@ -189,7 +190,7 @@ def _train_request(name: str, module, argv: list[str]):
             raise RequestError(f"{extra[0]} cannot be changed by {flag}; {remedy}")
         spec = RunSpec.from_config(config)
         args = _parse(TrainArgs, [f"--env={spec.env}", *argv], f"pgjax train {name}", config=(tyro.conf.UseAppendAction,))
-        return args, spec, _load_objective(spec.objective)
+        return args, spec, load_objective(spec.objective)
 
     preset = presets.find(_peek(argv, "--preset") or "auto", name, env or "")
     setup = dataclasses.replace(module.Setup(), **_tuples(preset.get("setup", {})))
@@ -228,7 +229,7 @@ def _train_request(name: str, module, argv: list[str]):
         devices=args.devices,
         preset=preset["name"],
     )
-    return args, spec, _load_objective(args.objective)
+    return args, spec, load_objective(args.objective)
 
 
 def _run_training(args: TrainArgs, spec, objective) -> int:
@@ -332,26 +333,6 @@ def _value(text: str) -> Any:
     return text
 
 
-def _load_objective(source: str | None):
-    """``FILE.py:NAME`` to the object of that name."""
-    if source is None:
-        return None
-    file, colon, name = source.rpartition(":")
-    if not colon or not file.endswith(".py"):
-        raise RequestError(f"--objective {source!r} must be FILE.py:NAME")
-    if not Path(file).is_file():
-        raise RequestError(f"--objective {source!r}: there is no file {file}")
-    import runpy
-
-    try:
-        found = runpy.run_path(file)
-    except Exception as error:
-        raise RequestError(f"--objective {source!r}: {type(error).__name__}: {error}") from error
-    if name not in found:
-        raise RequestError(f"--objective {source!r}: {file} defines no {name}")
-    return found[name]
-
-
 # --- compare
 
 
@@ -444,6 +425,77 @@ def _repeated(argv: list[str], flags: tuple[str, ...]) -> list[str]:
             # A flag that already has a word is written once more.
             written += [flag, word] if flag is not None and written[-1] != flag else [word]
     return written
+
+
+# --- sweep
+
+
+@dataclasses.dataclass
+class SweepRunArgs:
+    """Run what is left of a sweep: cells that are finished are skipped, those half done go on from their checkpoints."""
+
+    file: Path
+    """The sweep file; docs/sweeps.md tells what it may hold."""
+    out: Path | None = None
+    """Folder of the sweep; runs/sweep-NAME after the file if not given."""
+    dry_run: bool = False
+    """Say what would be run, in how many programs, how long and with how much memory; run nothing."""
+    measure: bool = True
+    """With --dry-run: measure time and memory by compiling and briefly running each program."""
+    engine: Literal["local", "ray", "slurm"] | None = None
+    """Where groups of cells run; what the file says, or else processes of this machine."""
+    workers: int | None = None
+    """Processes side by side, for local and ray; 1 if not given, whose lanes use every core."""
+    address: str | None = None
+    """Address of a Ray cluster; a new one on this machine if not given."""
+    retry: tuple[Literal["failed", "unreadable"], ...] = ()
+    """Kinds of cells to run again."""
+
+
+@dataclasses.dataclass
+class SweepPathArgs:
+    """The sweep file and its folder."""
+
+    file: Path
+    """The sweep file."""
+    out: Path | None = None
+    """Folder of the sweep; runs/sweep-NAME after the file if not given."""
+
+
+def _sweep(argv: list[str]) -> int:
+    usage = "usage: pgjax sweep {run,status,report} FILE [--out DIR] ...\n\npgjax sweep run --help lists the options"
+    if not argv or argv[0] in ("-h", "--help"):
+        print(usage)
+        return 0 if argv else _EXIT_WRONG_REQUEST
+    action, *rest = argv
+    if action not in ("run", "status", "report"):
+        raise RequestError(f"sweep {action!r} is unknown; {close_names(action, ('run', 'status', 'report'))}")
+    words = ["pgjax", "sweep", *argv]
+    rest = [f"--file={rest[0]}", *rest[1:]] if rest and not rest[0].startswith("-") else rest
+    args = _parse(SweepRunArgs if action == "run" else SweepPathArgs, rest, f"pgjax sweep {action}")
+    if not args.file.is_file():
+        raise RequestError(f"there is no file {args.file}; name a sweep file")
+    from pgjax import lanes
+
+    lanes.use_host_devices()
+    lanes.use_compilation_cache()
+    from pgjax.experiments.sweeps import driver
+
+    out = args.out or driver.default_out(args.file)
+    if action == "status":
+        print(driver.sweep_status(args.file, out))
+        return 0
+    if action == "report":
+        from pgjax.experiments.report import write_report
+
+        results = driver.results_of_sweep(args.file, out)
+        print(write_report(results, out, title=f"Sweep {args.file.stem}", command=shlex.join(words)))
+        return 0
+    options = driver.Options(out, args.engine, args.workers, args.address, args.retry)
+    if args.dry_run:
+        driver.dry_run(args.file, options, measure=args.measure)
+        return 0
+    return 0 if driver.run_sweep(args.file, options, command=shlex.join(words)) else _EXIT_FAILED
 
 
 # --- eval, plot, list, doctor, bench
@@ -592,6 +644,7 @@ def _bench(argv: list[str]) -> int:
 COMMANDS: dict[str, tuple[Callable[[list[str]], int], str]] = {
     "train": (_train, "train an algorithm on an environment, for one or many seeds"),
     "compare": (_compare, "train several algorithms alike and compare them"),
+    "sweep": (_sweep, "run, watch and report many configurations described in one file"),
     "eval": (_eval, "evaluate the saved policies of a run"),
     "plot": (_plot, "draw learning curves of runs"),
     "list": (_list, "list envs, algorithms or presets"),

@@ -5,6 +5,10 @@ class RequestError(ValueError):
     """The request was wrong. The message is one line naming the field, the value and the remedy (exit code 2)."""
 
 
+class DamagedFile(RequestError):
+    """A file is not what was written; whoever can do without it may go on."""
+
+
 class RunError(RuntimeError):
     """The request was right and the run failed, e.g. a full disk or non-finite lanes (exit code 1)."""
 

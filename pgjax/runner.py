@@ -5,6 +5,7 @@ import dataclasses
 import json
 import math
 import signal
+import tempfile
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -16,7 +17,7 @@ import numpy as np
 
 import pgjax
 from pgjax import lanes as lanes_
-from pgjax import training
+from pgjax import metrics, training
 from pgjax.errors import RequestError, RunError
 from pgjax.evaluation import Episodes, evaluate
 from pgjax.on_policy import as_hypers
@@ -145,6 +146,34 @@ def run(
         return _Run(spec, store, report, algorithm, interrupt).execute()
 
 
+@dataclasses.dataclass(frozen=True)
+class Forecast:
+    """What a run is expected to take on this machine.
+
+    compile_seconds: of its training program and evaluation, less where the compilation cache has them.
+    seconds: in all.  bytes: of memory, as the runner reckons it.  groups: of lanes, one after the other, where memory demands.
+    """
+
+    compile_seconds: float
+    seconds: float
+    bytes: int
+    groups: int
+
+
+def forecast(spec: RunSpec, algorithm: Algorithm | None = None, seconds: float = 1.0) -> Forecast:
+    """Compiles a run's programs, trains for about ``seconds``, evaluates once, and reckons from that. Leaves nothing behind.
+
+    Evaluations are timed with an untrained policy, whose episodes may be shorter or longer than a trained one's.
+
+    Raises: RequestError for a specification that cannot run; RunError if not even one lane fits into memory.
+    """
+    algorithm = algorithm or spec.build()
+    with tempfile.TemporaryDirectory() as folder, RunStore.create(folder, spec.config()) as store:
+        with jax.default_matmul_precision(spec.precision):
+            run = _Run(spec, store, lambda event: None, algorithm, _Interrupt())
+            return run.first_group().forecast(seconds)
+
+
 def schedule_of(spec: RunSpec, algorithm: Algorithm, extensions: Sequence[dict[str, Any]] = ()) -> training.Schedule:
     """The schedule of a run whose budget was raised as ``RunStore.extensions`` tells."""
     total = extensions[0]["from"] if extensions else spec.total_env_steps
@@ -222,7 +251,7 @@ class _Run:
 
     def __init__(self, spec, store, report, algorithm, interrupt):
         self.spec, self.store, self.algorithm, self.interrupt = spec, store, algorithm, interrupt
-        self.report = lambda kind, **data: report(Event(kind, data))
+        self._listener = report
         self.schedule = schedule_of(spec, algorithm, store.extensions)
         self.env_steps_after = (
             np.concatenate([[0], np.cumsum(self.schedule.iterations)]) * self.schedule.env_steps_per_iteration
@@ -262,6 +291,11 @@ class _Run:
             )
         self.started = time.perf_counter()
 
+    def report(self, kind: str, **data) -> None:
+        if kind == "note":
+            self.store.log(kind="note", text=data["text"])
+        self._listener(Event(kind, data))
+
     def _like(self, record):
         """Structure of the state that a checkpoint with this record holds."""
         num_lanes = min(record["group_size"], len(self.lanes) - record["first_lane"])
@@ -282,7 +316,7 @@ class _Run:
             path=str(self.store.path),
         )
         self.store.set_status("running")
-        group = self._first_group()
+        group = self.first_group()
         while group.train():
             # The last checkpoint of a group still names the group: a run resumed there finds nothing left to do in it.
             self.record.update(first_lane=int(group.lanes[-1]) + 1, row=0)
@@ -301,7 +335,7 @@ class _Run:
         self.report("finished", result=result)
         return result
 
-    def _first_group(self) -> "_Group":
+    def first_group(self) -> "_Group":
         """The group to begin or go on with: all remaining lanes if memory allows, else as many as do."""
         if self.record["group_size"]:
             return _Group(self, self.record["group_size"])
@@ -396,6 +430,7 @@ class _Group:
             self._note_nonfinite(rows)
             num_rows = int(np.clip(CHUNK_SECONDS / max(seconds / (until - row), 1e-6), 1, 2 * num_rows))
             run.report("rows", rows=rows, env_steps=int(run.env_steps_after[until]), seconds=seconds)
+            self._log_rows(rows, until)
             if until in eval_rows:
                 self._evaluate_now(state, schedule.eval_rows.index(until), pending)
             due = time.perf_counter() - saved_at > max(CHECKPOINT_SECONDS, save_seconds / CHECKPOINT_SHARE)
@@ -409,6 +444,35 @@ class _Group:
                 if run.interrupt.requested and not (until == total and self.lanes[-1] == len(run.lanes) - 1):
                     return False
         return True
+
+    def forecast(self, seconds: float) -> Forecast:
+        """See ``pgjax.runner.forecast``."""
+        record, schedule = self.run.record, self.run.schedule
+        state = self._start()
+
+        def train(count: int) -> float:
+            nonlocal state
+            counts = np.zeros(CHUNK_ROWS, np.int32)
+            counts[0] = count
+            started = time.perf_counter()
+            state, rows = self.chunk(state, self.hypers, self.spread.share(jnp.asarray(counts)))
+            jax.block_until_ready(rows)
+            return time.perf_counter() - started
+
+        train(1)  # the first call also loads the program
+        count = int(np.clip(seconds / max(train(1), 1e-6), 1, schedule.num_iterations))
+        per_iteration = train(count) / count
+        per_evaluation = 0.0
+        if schedule.eval_rows:
+            policy = jax.jit(jax.vmap(self.algorithm.policy))(state)
+            evaluate_lanes = self._compiled_evaluate(record["eval_episodes"], policy)
+            started = time.perf_counter()
+            jax.block_until_ready(evaluate_lanes(policy, self.spread.put(self.keys), jnp.int32(0)))
+            per_evaluation = time.perf_counter() - started
+        groups = math.ceil(len(self.run.lanes) / len(self.lanes))
+        working = groups * (per_iteration * schedule.num_iterations + per_evaluation * len(schedule.eval_rows))
+        compiling = record["seconds"]["compile"]
+        return Forecast(compiling, compiling + working, self.bytes, groups)
 
     def _start(self):
         """The state to go on from: the restored one, the first time, or a fresh one."""
@@ -426,7 +490,10 @@ class _Group:
         seconds = time.perf_counter() - started
         record["seconds"]["evaluate"] += seconds
         pending.add_episodes(self._lane_columns(), int(run.env_steps_after[record["row"]]), episodes)
-        run.report("evaluated", episodes=episodes, env_steps=int(run.env_steps_after[record["row"]]), seconds=seconds)
+        env_steps = int(run.env_steps_after[record["row"]])
+        run.report("evaluated", episodes=episodes, env_steps=env_steps, seconds=seconds)
+        means = {name: float(np.mean(value)) for name, value in episodes._asdict().items()}
+        run.store.log(kind="evaluation", env_steps=env_steps, **self._progress(record["row"]), **means)
         if index == 0 and run.spec.eval_episodes is None:
             self._limit_evaluation(seconds)
 
@@ -459,6 +526,20 @@ class _Group:
                 f"{fewer} episodes instead of {record['eval_episodes']} from here on (--eval-episodes sets the number)",
             )
             record["eval_episodes"] = fewer
+
+    def _progress(self, row: int) -> dict[str, Any]:
+        """Which lanes a line of the log is about, if not all, and the share of the run's training that is behind it."""
+        num_lanes = len(self.run.lanes)
+        share = (int(self.lanes[0]) + len(self.lanes) * row / len(self.run.schedule.iterations)) / num_lanes
+        lanes = {} if len(self.lanes) == num_lanes else {"lanes": [int(self.lanes[0]), int(self.lanes[-1])]}
+        return {**lanes, "progress": round(share, 6)}
+
+    def _log_rows(self, rows, until: int):
+        means = metrics.mean_over_lanes(rows)
+        first = until - len(means["env_steps"])
+        for index, env_steps in enumerate(means.pop("env_steps")):
+            values = {name: float(value[index]) for name, value in means.items() if np.isfinite(value[index])}
+            self.run.store.log(kind="row", env_steps=int(env_steps), **self._progress(first + index + 1), **values)
 
     def _note_nonfinite(self, rows):
         """Tells once of every lane whose update went non-finite."""

@@ -3,12 +3,14 @@
     run.json                       configuration, status, provenance, facts
     parts/metrics-00001.parquet    rows as they came, one file an ``append``; evaluations likewise
     checkpoints/STEP/              the state of every lane, and the numbers of the last parts that belong to it
+    log.jsonl                      one line a row, evaluation or remark, means over lanes: for people and other programs
     policy/CONFIG-SEED/STEP/       what acts, small: all that evaluation, rendering and deployment read; one folder a
                                    group of lanes, named after the first
     metrics.parquet                all rows, once the run is over; evaluations.parquet likewise
 
-Every file is written under another name and renamed. Rows count once a checkpoint records their part: parts after the
-last checkpoint are rows that a resumed run makes again, so ``latest`` deletes them and ``load`` does not see them.
+Every file but the log is written under another name and renamed. Rows count once a checkpoint records their part: parts
+after the last checkpoint are rows that a resumed run makes again, so ``latest`` deletes them and ``load`` does not see them;
+lines of the log likewise.
 
 Heavy libraries are imported on first use: pandas only by ``load``, which is the only function that returns frames.
 """
@@ -21,6 +23,7 @@ import json
 import os
 import platform
 import re
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Collection, Iterator, Mapping
@@ -33,7 +36,7 @@ import numpy as np
 import pgjax
 from pgjax import checkpoints
 from pgjax.checkpoints import PyTree, disk_errors, from_json, sync, to_json, write_file
-from pgjax.errors import RequestError, RunError
+from pgjax.errors import DamagedFile, RequestError, RunError
 
 if TYPE_CHECKING:
     import pandas
@@ -60,6 +63,10 @@ _ROOT = Path(os.path.realpath(__file__)).parent.parent
 _LIBRARIES = (
     "jax jaxlib flax optax distrax chex gymnax brax mujoco mujoco-mjx playground gymnasium orbax-checkpoint numpy pyarrow"
 ).split()
+
+
+class InUse(RequestError):
+    """Another process holds the folder."""
 
 
 class Restored(NamedTuple):
@@ -195,6 +202,8 @@ class RunStore:
                         )
                     entry.setdefault("changed", {})[name] = [there, here]
                 run["config"] = given
+            if error := run["facts"].pop("error", None):
+                entry["after_error"] = error
             run["resumed"].append(entry)
             record = _newest_record(path)
             if record is not None:
@@ -298,6 +307,12 @@ class RunStore:
             self._parts[kind] = number
         return dict(self._parts)
 
+    def log(self, **entry: Any) -> None:
+        """Adds a line to ``log.jsonl``. It counts from the next ``commit`` on. Raises RunError if the disk refuses."""
+        log = self.path / "log.jsonl"
+        with disk_errors(log), log.open("a") as file:
+            file.write(json.dumps(to_json(entry)) + "\n")
+
     def commit(self, step: int, state: PyTree, record: Mapping[str, Any] | None = None) -> None:
         """Saves a checkpoint; all rows appended so far belong to the run from now on.
 
@@ -308,7 +323,8 @@ class RunStore:
         Raises: RunError if the disk refuses; the previous checkpoint is then still the newest.
         """
         record = dict(record or {})
-        checkpoints.save_checkpoint(self.path / "checkpoints", step, state, {"parts": dict(self._parts), "record": record})
+        saved = {"parts": dict(self._parts), "log": _size(self.path / "log.jsonl"), "record": record}
+        checkpoints.save_checkpoint(self.path / "checkpoints", step, state, saved)
         self._last = from_json(to_json(record))
 
     def last_record(self) -> dict[str, Any] | None:
@@ -335,11 +351,11 @@ class RunStore:
             except checkpoints.CorruptCheckpoint as error:
                 problems.append(str(error))
                 continue
-            self._go_on_from(saved["parts"], saved["record"])
+            self._go_on_from(saved["parts"], saved["record"], saved.get("log", 0))
             warning = f"{problems[0]}; going on from checkpoint {step} instead" if problems else None
             return Restored(state, saved["record"], step, warning)
         if problems:
-            raise RequestError(f"--resume: {problems[0]}, and no older one can be read; start anew with another --out")
+            raise DamagedFile(f"--resume: {problems[0]}, and no older one can be read; start anew with another --out")
         self._go_on_from(dict.fromkeys(_KINDS, 0), None)
         return None
 
@@ -381,7 +397,11 @@ class RunStore:
                 if not path.exists():
                     raise checkpoints.CorruptCheckpoint(f"{path}, which the newest checkpoint needs, is missing")
 
-    def _go_on_from(self, parts: dict[str, int], record: dict[str, Any] | None) -> None:
+    def _go_on_from(self, parts: dict[str, int], record: dict[str, Any] | None, log_size: int = 0) -> None:
+        log = self.path / "log.jsonl"
+        if _size(log) > log_size:
+            with disk_errors(log):
+                os.truncate(log, log_size)
         for path, kind, number in _all_parts(self.path):
             if number is None or number > parts[kind]:
                 path.unlink()
@@ -395,9 +415,7 @@ class RunStore:
             write_file(aside, (json.dumps(self._run, indent=1) + "\n").encode())
 
     def _take_ownership(self) -> None:
-        owner = {"pid": os.getpid(), "host": platform.node(), "since": _now()}
-        with disk_errors(self.path / ".owner.json"):
-            (self.path / ".owner.json").write_text(json.dumps(owner))
+        _write_owner(self.path)
         for leftover in self.path.glob("*.tmp-*"):
             if re.fullmatch(r"(run\.json|metrics\.parquet|evaluations\.parquet)\.tmp-\d+", leftover.name):
                 leftover.unlink(missing_ok=True)
@@ -448,6 +466,51 @@ def load(path: str | os.PathLike[str]) -> LoadedRun:
     )
 
 
+def split_run(path: Path, parts: Mapping[Path, tuple[int, Collection[int]]], like: PyTree) -> None:
+    """Takes a run that is over apart: makes a run folder for each part, with the tables and policies of its lanes.
+
+    The parts hold no checkpoints, so they cannot be extended. Each is written aside and renamed; folders that are there already
+    are left as they are.
+
+    Args:
+      path: the run.  parts: by folder to make, the number of a configuration and some seeds.  like: one lane's policy.
+    Raises: RequestError if the run cannot be read; RunError if the disk refuses.
+    """
+    run = _read_run(path)
+    newest = _newest_record(path)
+    tables = {kind: _read_rows(path, kind, newest["parts"][kind] if newest else None) for kind in _KINDS}
+    policies, lanes = load_policies(path, like)
+    for target, (config, seeds) in parts.items():
+        if target.exists():
+            continue
+        frozen = run["facts"].get("nonfinite", [])
+        nonfinite = [[0, seed] for number, seed in frozen if number == config and seed in seeds]
+        aside = target.with_name(f".{target.name}.tmp-{os.getpid()}")
+        shutil.rmtree(aside, ignore_errors=True)
+        with disk_errors(target):
+            aside.mkdir(parents=True)
+            part = {
+                **run,
+                "status": "failed" if nonfinite else "finished",
+                "config": {**run["config"], "configs": [run["config"]["configs"][config]], "seeds": sorted(seeds)},
+                "facts": {**run["facts"], "nonfinite": nonfinite},
+            }
+            write_file(aside / "run.json", (json.dumps(part, indent=1) + "\n").encode())
+            for kind, table in tables.items():
+                rows = table[(table.config == config) & table.seed.isin(list(seeds))].assign(config=np.int32(0))
+                if len(rows):
+                    _write_parquet(aside / f"{kind}.parquet", _table(kind, {name: rows[name].to_numpy() for name in rows}))
+        picked = np.flatnonzero((lanes["config"] == config) & np.isin(lanes["seed"], list(seeds)))
+        columns = {"config": [0] * len(picked), "seed": lanes["seed"][picked].tolist()}
+        import jax
+
+        kept = jax.tree.map(lambda x: x[picked], policies)  # noqa: B023
+        checkpoints.save_checkpoint(aside / "policy" / f"0-{columns['seed'][0]}", 0, kept, columns, keep=1)
+        with disk_errors(target):
+            os.replace(aside, target)
+            sync(target.parent)
+
+
 def load_policies(path: str | os.PathLike[str], like: PyTree) -> tuple[PyTree, dict[str, np.ndarray]]:
     """The last saved policy of every lane. Needs no lock, and nothing of the run but ``policy/``.
 
@@ -496,8 +559,30 @@ def describe_machine() -> dict[str, Any]:
 # --- helpers
 
 
-def _lock(path: Path) -> filelock.BaseFileLock:
-    lock = filelock.FileLock(path / ".lock", thread_local=False)
+@contextlib.contextmanager
+def hold_folder(path: Path, lock_name: str) -> Iterator[None]:
+    """Holds a folder for this process, through the file ``lock_name`` in it; the system lets go of it if the process dies.
+
+    Raises: InUse naming the owner and since when; RequestError if the folder cannot be written.
+    """
+    lock = _lock(path, lock_name)
+    try:
+        _write_owner(path)
+        yield
+    finally:
+        with contextlib.suppress(OSError):
+            (path / ".owner.json").unlink(missing_ok=True)
+        lock.release()
+
+
+def _write_owner(path: Path) -> None:
+    owner = {"pid": os.getpid(), "host": platform.node(), "since": _now()}
+    with disk_errors(path / ".owner.json"):
+        (path / ".owner.json").write_text(json.dumps(owner))
+
+
+def _lock(path: Path, name: str = ".lock") -> filelock.BaseFileLock:
+    lock = filelock.FileLock(path / name, thread_local=False)
     try:
         lock.acquire(blocking=False)
     except filelock.Timeout as error:
@@ -506,7 +591,7 @@ def _lock(path: Path) -> filelock.BaseFileLock:
             who = f"process {owner['pid']} on {owner['host']} since {owner['since']}"
         except (OSError, ValueError, KeyError, TypeError):
             who = "another process"
-        raise RequestError(f"{path} is in use by {who}; wait for it or choose another --out") from error
+        raise InUse(f"{path} is in use by {who}; wait for it or choose another --out") from error
     except OSError as error:
         raise RequestError(f"{path} cannot be written: {error.strerror}; choose another --out") from error
     return lock
@@ -562,7 +647,7 @@ def _read_run(path: Path) -> dict[str, Any]:
     except (FileNotFoundError, NotADirectoryError) as error:
         raise RequestError(f"there is no run in {path} (no run.json); start one without --resume") from error
     except (OSError, ValueError) as error:
-        raise RequestError(f"{path / 'run.json'} cannot be read: {error}") from error
+        raise DamagedFile(f"{path / 'run.json'} cannot be read: {error}") from error
     if not isinstance(run, dict) or run.get("format") != FORMAT:
         raise RequestError(f"{path / 'run.json'} was not written by pgjax; choose another folder")
     if run["version"] != VERSION:
@@ -595,6 +680,13 @@ def _differences(there: Any, here: Any, name: str = "") -> Iterator[tuple[str, A
         # 1 and 1.0 are the same number.
         if not (isinstance(there, (int, float)) and isinstance(here, (int, float)) and there == here):
             yield name, there, here
+
+
+def _size(path: Path) -> int:
+    try:
+        return path.stat().st_size
+    except FileNotFoundError:
+        return 0
 
 
 def _part(path: Path, kind: str, number: int) -> Path:
