@@ -22,7 +22,8 @@ POLICIES = ("mode", "sample")
 class Result:
     """One configuration of an algorithm on one environment, over its seeds.
 
-    path: folder of its run.  status: ``finished``, ``failed``, ``interrupted``, ``running`` or ``pending``; note: why it failed.
+    path: folder of its run.  status: ``finished``, ``failed``, ``interrupted``, ``running``, ``pending`` or ``unreadable``.
+    note: why it failed.
     config: as ``RunSpec.config()``, with this one entry in ``configs``.  provenance: of the run; empty if there is none yet.
     seconds: spent compiling, training and so on by the program that trained it, perhaps with other configurations.
     seeds: [S], those that stayed finite; frozen: those that did not, and are in no number.

@@ -3,6 +3,7 @@
 import collections
 import contextlib
 import dataclasses
+import os
 import shlex
 import signal
 import time
@@ -64,7 +65,8 @@ def run_sweep(file: Path, options: Options, *, command: str = "", say: Callable[
     with folder.owned(), interruptible():
         folder.record_start(sweep.path, sweep.text, command)
         try:
-            run_cells(sweep, folder, cells, options, say)
+            with make_engine(sweep, folder, options, say) as engine:
+                run_cells(engine, folder, cells, options, devices_each(sweep, options), say)
         except KeyboardInterrupt:
             say(f"interrupted; continue with: {again}")
             return False
@@ -74,11 +76,18 @@ def run_sweep(file: Path, options: Options, *, command: str = "", say: Callable[
 
 
 def run_cells(
-    sweep: Sweep, folder: SweepFolder, cells: Sequence[Cell], options: Options, say: Callable[[str], None] = print
+    engine: engines.Engine,
+    folder: SweepFolder,
+    cells: Sequence[Cell],
+    options: Options,
+    devices: int | None = None,
+    say: Callable[[str], None] = print,
 ) -> list[Outcome]:
-    """Runs the cells that are not done, on the sweep's engine. The caller owns the folder.
+    """Runs the cells that are not done on an engine that was entered. The caller owns the folder.
 
+    Args: devices: host devices of each process, None for all.
     Returns: how the groups ended that this call ran.
+    Raises: KeyboardInterrupt if a group was interrupted.
     """
     statuses = folder.statuses(cells)
     groups = plan(folder, statuses, options.retry)
@@ -88,9 +97,8 @@ def run_cells(
     outcomes = []
     started = time.monotonic()
     by_id = {group.id: group for group in groups}
-    run = engine_of(sweep, folder, options, say)
-    tasks = [Task(str(folder.path.absolute()), group.id, devices_each(sweep, options)) for group in groups]
-    for task, outcome in run(tasks) if tasks else ():
+    tasks = [Task(str(folder.path.absolute()), group.id, devices) for group in groups]
+    for task, outcome in engine.run(tasks):
         group = by_id[task.group]
         if outcome is None:
             outcome = Outcome(task.group, "failed", f"its process died {engines.TRIES} times")
@@ -102,8 +110,8 @@ def run_cells(
     return outcomes
 
 
-def engine_of(sweep: Sweep, folder: SweepFolder, options: Options, say: Callable[[str], None]) -> Callable:
-    """The engine as a function of the tasks. Raises: RequestError for options it does not have."""
+def make_engine(sweep: Sweep, folder: SweepFolder, options: Options, say: Callable[[str], None]) -> engines.Engine:
+    """The engine that the file or the command line names. Raises: RequestError for options it does not have."""
     asked = {**sweep.engine}
     given = {"name": options.engine, "workers": options.workers, "address": options.address}
     if options.engine and options.engine != asked["name"]:
@@ -119,13 +127,11 @@ def engine_of(sweep: Sweep, folder: SweepFolder, options: Options, say: Callable
         raise RequestError(f"workers = {workers!r} must be a whole number, at least 1")
     if name == "slurm":
         asked["folder"] = folder.path / "slurm"
-    return lambda tasks: engines.ENGINES[name](tasks, say=say, **asked)
+    return engines.ENGINES[name](say, **asked)
 
 
 def devices_each(sweep: Sweep, options: Options) -> int | None:
     """Host devices of each worker: the machine's cores shared among the workers that are on it."""
-    import os
-
     workers = options.workers or sweep.engine.get("workers", 1)
     return max(1, len(os.sched_getaffinity(0)) // workers) if workers > 1 else None
 
@@ -251,7 +257,7 @@ def dry_run(file: Path, options: Options, *, measure: bool = True, say: Callable
     """
     sweep, folder = read_sweep(file), SweepFolder(options.out)
     if sweep.search is not None:
-        raise RequestError("--dry-run: a search decides as it goes; give --trials a small number to see one generation")
+        raise RequestError("--dry-run: a search decides as it goes; a [grid] or [random] can be run dry")
     cells = cells_of(sweep.specs)
     check_specs([cell.spec for cell in cells])
     folder.check()
@@ -276,6 +282,6 @@ def dry_run(file: Path, options: Options, *, measure: bool = True, say: Callable
     if measure and rows:
         workers = options.workers or sweep.engine.get("workers", 1)
         say(
-            f"about {total / workers:,.0f} s on {workers} worker{'s' if workers > 1 else ''} like this process; evaluations are "
-            "timed with untrained policies, whose episodes may have another length"
+            f"about {total / workers:,.0f} s on {workers} worker{'s' if workers > 1 else ''} like this process; evaluations "
+            "were timed with untrained policies, whose episodes may have another length"
         )
