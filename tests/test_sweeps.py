@@ -1,0 +1,502 @@
+"""Sweeps as they run: what is trained once and kept, what a kill, a dead worker or a damaged file costs, and two drivers."""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+
+import pgjax
+from pgjax.experiments.results import Result, results_of
+from pgjax.experiments.sweeps import driver, engines, work
+from pgjax.experiments.sweeps.folder import SweepFolder, cell_of
+from pgjax.experiments.sweeps.plan import cells_of
+from pgjax.experiments.sweeps.sweep_file import read_sweep
+
+ROOT = Path(__file__).resolve().parent.parent
+SWEEP = """
+algorithms = {algorithms}
+envs = ["gymnax/CartPole-v1"]
+seeds = 2
+preset = "none"
+total_env_steps = {steps}
+num_evals = 2
+eval_episodes = 2
+log_every = 1
+[setup]
+num_envs = 2
+num_steps = 16
+num_epochs = 1
+num_minibatches = 1
+hidden_sizes = [4]
+[grid]
+learning_rate = {rates}
+"""
+
+
+class Inline:
+    """An engine without processes."""
+
+    def __init__(self, say=print, **options):
+        pass
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *error):
+        pass
+
+    def run(self, tasks):
+        for task in tasks:
+            yield task, work.work(task)
+
+
+@pytest.fixture
+def inline(monkeypatch):
+    monkeypatch.setitem(engines.ENGINES, "local", Inline)
+
+
+def write(path, algorithms=("ppo", "spo"), rates=(1e-3, 1e-2), steps=128, more=""):
+    path.write_text(SWEEP.format(algorithms=json.dumps(algorithms), rates=list(rates), steps=steps) + more)
+    return path
+
+
+def run(file, out, say=lambda text: None, **options):
+    return driver.run_sweep(file, driver.Options(out, **options), say=say)
+
+
+def contents(out):
+    """By cell: its episodes in a fixed order, as bytes; and the bytes of its policies' files."""
+    found = {}
+    for folder in sorted((out / "cells").iterdir()):
+        loaded = pgjax.load(folder)
+        rows = loaded.evaluations.sort_values(["seed", "env_steps", "policy", "episode"], ignore_index=True)
+        metrics = loaded.metrics.sort_values(["seed", "iteration"], ignore_index=True)
+        found[folder.name] = (rows.to_csv(), metrics.to_csv())
+    return found
+
+
+def events(out, kind):
+    return [line for line in SweepFolder(out).journal() if line["event"] == kind]
+
+
+# --- what is run
+
+
+def test_every_cell_is_a_run_like_the_one_made_alone(tmp_path, inline):
+    file = write(tmp_path / "sweep.toml", algorithms=("ppo",))
+    assert run(file, tmp_path / "out")
+    cells = cells_of(read_sweep(file).specs)
+    assert {path.name for path in (tmp_path / "out" / "cells").iterdir()} == {cell.name for cell in cells}
+    assert not list((tmp_path / "out" / "groups").iterdir())
+    cell = cells[1]
+    folder = tmp_path / "out" / "cells" / cell.name
+    algorithm = cell.spec.build()
+    with pgjax.RunStore.create(tmp_path / "alone", cell.spec.config()) as store:
+        pgjax.run(cell.spec, store, algorithm=algorithm)
+    alone, here = pgjax.load(tmp_path / "alone"), pgjax.load(folder)
+    assert here.config == alone.config and here.status == "finished"
+    key = ["seed", "iteration"]
+    pd.testing.assert_frame_equal(
+        here.metrics.sort_values(key, ignore_index=True), alone.metrics.sort_values(key, ignore_index=True), rtol=1e-3, atol=1e-4
+    )
+    from pgjax.runner import policies_of
+
+    _, lanes = policies_of(folder, algorithm)
+    assert lanes["seed"].tolist() == [0, 1] and lanes["config"].tolist() == [0, 0]
+    # What the report reads is what the run holds.
+    (result,) = results_of(here)
+    assert Result.parse((folder / "result.json").read_text()).dump() == result.dump()
+    assert (folder / "log.jsonl").exists() is False and result.final().shape == (2,)
+
+
+def test_one_program_a_group_and_nothing_is_run_twice(tmp_path, inline):
+    said = []
+    file = write(tmp_path / "sweep.toml")
+    assert run(file, tmp_path / "out", said.append)
+    assert len(events(tmp_path / "out", "started")) == 2 and len(events(tmp_path / "out", "cell")) == 4
+    before = contents(tmp_path / "out")
+    assert run(file, tmp_path / "out", said.append)
+    # One more learning rate and two more seeds: what is there stays as it is.
+    write(tmp_path / "sweep.toml", algorithms=("ppo",), rates=(1e-3, 1e-2, 1e-1))
+    assert run(file, tmp_path / "out", said.append)
+    assert len(events(tmp_path / "out", "started")) == 3
+    after = contents(tmp_path / "out")
+    assert len(after) == 5 and all(after[name] == before[name] for name in before)
+    assert [len(start["text"]) > 0 for start in json.loads((tmp_path / "out" / "sweep.json").read_text())["starts"]] == [True] * 2
+
+
+def test_the_number_of_compilations_is_the_number_of_groups(tmp_path):
+    file = write(tmp_path / "sweep.toml")
+    sweep = read_sweep(file)
+    folder = SweepFolder(tmp_path / "out")
+    with folder.owned():
+        outcomes = driver.run_cells(Inline(), folder, cells_of(sweep.specs), driver.Options(folder.path), say=lambda text: None)
+    assert [outcome.programs for outcome in outcomes] == [1, 1]
+
+
+def test_a_failed_cell_does_not_poison_the_rest(tmp_path, inline):
+    """A learning rate that blows up freezes its own lanes; its neighbours in the program are what they are without it."""
+    rates, said = (1e-3, 1e38), []
+    file = write(tmp_path / "sweep.toml", algorithms=("ppo",), steps=32 * 12, rates=rates, more="[hypers]\nmax_grad_norm = inf\n")
+    assert not run(file, tmp_path / "out", said.append)
+    statuses = {s.cell.spec.configs[0]["learning_rate"]: s for s in _statuses(file, tmp_path / "out")}
+    assert statuses[1e-3].status == "finished" and statuses[1e38].status == "failed"
+    assert "seed 0 went non-finite" in statuses[1e38].note and "--retry failed" in said[-1]
+    assert not run(file, tmp_path / "out"), "a failed cell stays failed"
+    assert len(events(tmp_path / "out", "started")) == 1, "and is not run again unless asked"
+    assert not run(file, tmp_path / "out", retry=("failed",))
+    started = events(tmp_path / "out", "started")
+    assert len(started) == 2 and len(started[1]["cells"]) == 1
+
+
+def test_a_group_that_raises_is_recorded_and_the_others_run(tmp_path, inline, monkeypatch):
+    file = write(tmp_path / "sweep.toml")
+    real = pgjax.run
+
+    def broken(spec, *args, **kwargs):
+        if spec.algorithm == "ppo":
+            raise OSError("the network folder is gone")
+        return real(spec, *args, **kwargs)
+
+    monkeypatch.setattr(pgjax, "run", broken)
+    assert not run(file, tmp_path / "out")
+    told = {(s.cell.spec.algorithm, s.status, s.note) for s in _statuses(file, tmp_path / "out")}
+    assert told == {("ppo", "failed", "OSError: the network folder is gone"), ("spo", "finished", "")}
+    monkeypatch.undo()
+    monkeypatch.setitem(engines.ENGINES, "local", Inline)
+    assert run(file, tmp_path / "out", retry=("failed",))
+
+
+def _statuses(file, out):
+    return SweepFolder(out).statuses(cells_of(read_sweep(file).specs))
+
+
+# --- files that are not what they were
+
+
+def test_damaged_files_cost_only_what_they_held(tmp_path, inline):
+    file, out = write(tmp_path / "sweep.toml", algorithms=("ppo",)), tmp_path / "out"
+    assert run(file, out)
+    before = contents(out)
+    first, second = sorted((out / "cells").iterdir())
+    text = (first / "result.json").read_text()
+    (first / "result.json").write_text(text[: len(text) // 2])
+    (out / "sweep.json").write_text("{")
+    with (out / "journal.jsonl").open("a") as journal:
+        journal.write('{"event": "fin')
+    status = next(s for s in _statuses(file, out) if s.cell.name == first.name)
+    assert status.status == "unreadable" and "result.json" in status.note and "delete the folder" in status.note
+    assert not run(file, out), "unreadable cells are reported"
+    assert run(file, out, retry=("unreadable",))
+    assert contents(out).keys() == before.keys()
+    assert contents(out)[second.name] == before[second.name]
+
+
+def test_a_group_whose_checkpoints_are_damaged_begins_anew_and_nothing_is_deleted(tmp_path, inline, monkeypatch):
+    file, out = write(tmp_path / "sweep.toml", algorithms=("ppo",)), tmp_path / "out"
+    _interrupt_after(monkeypatch, 1)
+    assert not run(file, out)
+    monkeypatch.undo()
+    monkeypatch.setitem(engines.ENGINES, "local", Inline)
+    (group,) = [path for path in (out / "groups").iterdir() if path.is_dir()]
+    for record in (group / "checkpoints").rglob("record.json"):
+        record.write_text("{")
+    assert run(file, out)
+    assert events(out, "damaged") and (out / "groups" / f"{group.name}.damaged-1" / "checkpoints").is_dir()
+
+
+def _interrupt_after(monkeypatch, rows):
+    """Every run is interrupted at its first checkpoint, ``rows`` rows of metrics into it."""
+    from pgjax import runner
+
+    monkeypatch.setattr(runner, "CHUNK_SECONDS", 1e-9)
+    plain = runner._Run.report
+
+    def report(self, kind, **data):
+        plain(self, kind, **data)
+        if kind == "rows" and self.record["row"] >= rows:
+            self.interrupt.requested = True
+
+    monkeypatch.setattr(runner._Run, "report", report)
+
+
+def test_an_interrupted_sweep_goes_on_where_it_was(tmp_path, inline, monkeypatch):
+    file = write(tmp_path / "sweep.toml", algorithms=("ppo",))
+    assert run(file, tmp_path / "whole")
+    said = []
+    _interrupt_after(monkeypatch, 2)
+    assert not run(file, tmp_path / "out", said.append)
+    assert f"pgjax sweep run {file} --out {tmp_path / 'out'}" in said[-1]
+    status, *_ = _statuses(file, tmp_path / "out")
+    assert status.status == "interrupted" and 0.2 < status.done < 0.9
+    monkeypatch.undo()
+    monkeypatch.setitem(engines.ENGINES, "local", Inline)
+    assert run(file, tmp_path / "out")
+    assert contents(tmp_path / "out") == contents(tmp_path / "whole")
+    assert len(events(tmp_path / "out", "resumed")) == 1
+
+
+def test_a_newer_store_is_left_alone(tmp_path, inline):
+    file, out = write(tmp_path / "sweep.toml", algorithms=("ppo",)), tmp_path / "out"
+    assert run(file, out)
+    content = json.loads((out / "sweep.json").read_text())
+    (out / "sweep.json").write_text(json.dumps({**content, "version": 99}))
+    for asking in (lambda: run(file, out), lambda: driver.sweep_status(file, out)):
+        with pytest.raises(pgjax.RequestError, match="newer pgjax") as raised:
+            asking()
+        assert "update pgjax" in str(raised.value)
+
+
+def test_clocks_that_disagree_change_nothing(tmp_path, inline, monkeypatch):
+    """Times are for people: files from the future are as good as any."""
+    file, out = write(tmp_path / "sweep.toml", algorithms=("ppo",)), tmp_path / "out"
+    _interrupt_after(monkeypatch, 2)
+    assert not run(file, out)
+    monkeypatch.undo()
+    monkeypatch.setitem(engines.ENGINES, "local", Inline)
+    future = time.time() + 10 * 365 * 86400
+    for path in out.rglob("*"):
+        os.utime(path, (future, future))
+    for path in out.rglob("run.json"):
+        path.write_text(path.read_text().replace(time.strftime('"%Y'), '"2099'))
+    assert run(file, out) and run(file, out)
+    assert len(events(out, "started")) == 1 and len(events(out, "resumed")) == 1
+
+
+def test_ten_thousand_finished_cells(tmp_path):
+    """Every cell has one small file that says it all; no table is opened."""
+    rates = list(np.geomspace(1e-5, 1e-1, 10_000))
+    file = write(tmp_path / "sweep.toml", algorithms=("ppo",), rates=rates)
+    cells = cells_of(read_sweep(file).specs)
+    assert len(cells) == 10_000
+    out = tmp_path / "out"
+    for cell in cells[:-1]:
+        (out / "cells" / cell.name).mkdir(parents=True)
+        result = Result(str(out), "finished", cell.spec.config(), seeds=(0, 1), env_steps=np.array([64, 128]))
+        (out / "cells" / cell.name / "result.json").write_text(result.dump())
+    text = driver.sweep_status(file, out)
+    assert "9999" in text and "pending" in text
+    results = driver.results_of_sweep(file, out)
+    assert len(results) == 10_000 and results[-1].status == "pending"
+
+
+# --- who may run it
+
+
+def test_a_second_driver_is_refused_by_the_name_of_the_first(tmp_path, inline):
+    file, out = write(tmp_path / "sweep.toml", algorithms=("ppo",)), tmp_path / "out"
+    code = "import sys, time; from pgjax.experiments.sweeps.folder import SweepFolder\n"
+    code += "with SweepFolder(sys.argv[1]).owned(): print('held', flush=True); time.sleep(600)"
+    with subprocess.Popen([sys.executable, "-c", code, str(out)], cwd=ROOT, stdout=subprocess.PIPE, text=True) as first:
+        try:
+            assert first.stdout.readline().strip() == "held"
+            with pytest.raises(pgjax.RequestError) as raised:
+                run(file, out)
+            assert f"process {first.pid} on" in str(raised.value) and "since 20" in str(raised.value)
+        finally:
+            first.kill()
+    assert run(file, out), "a driver that was killed blocks nobody"
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        ([], ["run,status,report"]),
+        (["go", "x.toml"], ["'go'", "run"]),
+        (["run"], ["missing", "--file"]),
+        (["run", "nowhere.toml"], ["no file nowhere.toml"]),
+        (["run", str(ROOT / "README.md")], ["not TOML"]),
+        (["run", str(ROOT / "README.md"), "--engine", "cloud"], ["engine"]),
+    ],
+)
+def test_wrong_requests(words, said, refuse, capsys):
+    if not words:
+        from pgjax import cli
+
+        assert cli._main(["sweep"]) == 2 and "run,status,report" in capsys.readouterr().out
+        return
+    refuse(["sweep", *words], said)
+
+
+@pytest.mark.parametrize(
+    ("more", "options", "said"),
+    [
+        ("", {"workers": 0}, "workers = 0"),
+        ("", {"engine": "slurm", "workers": 2}, "engine.workers: slurm has no such option"),
+        ('[engine]\nname = "ray"\nworkers = 2\nadress = "auto"', {}, "engine.adress"),
+        ('[engine]\nname = "slurm"', {}, "engine slurm"),
+    ],
+)
+def test_options_an_engine_does_not_have(tmp_path, more, options, said):
+    file = write(tmp_path / "sweep.toml", algorithms=("ppo",), more=more)
+    with pytest.raises(pgjax.RequestError, match=said):
+        run(file, tmp_path / "out", **options)
+
+
+def test_numbers_that_cannot_work_are_refused_before_anything_is_written(tmp_path, inline):
+    for more, said in (("gamma = [0.9, 1.5]", "gamma"), ("num_minibatches = [1, 3]", "num_minibatches")):
+        file = write(tmp_path / "sweep.toml", algorithms=("ppo",), more=more)
+        with pytest.raises(pgjax.RequestError, match=said):
+            run(file, tmp_path / "out")
+        assert not (tmp_path / "out").exists()
+
+
+def test_a_folder_that_is_no_sweep_or_cannot_be_written(tmp_path, inline):
+    file = write(tmp_path / "sweep.toml", algorithms=("ppo",))
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.tex").write_text("")
+    with pytest.raises(pgjax.RequestError, match=r"no sweep \(it holds thesis.tex\)"):
+        run(file, tmp_path / "mine")
+    for out in (file, file / "below"):
+        with pytest.raises(pgjax.RequestError, match="choose another --out"):
+            run(file, out)
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
+def test_a_read_only_folder(tmp_path, inline):
+    file, out = write(tmp_path / "sweep.toml", algorithms=("ppo",)), tmp_path / "out"
+    assert run(file, out)
+    out.chmod(0o500)
+    try:
+        with pytest.raises(pgjax.RequestError, match="cannot be written"):
+            run(file, out)
+        assert "finished" in driver.sweep_status(file, out)
+    finally:
+        out.chmod(0o700)
+
+
+# --- processes that die
+
+
+def start(file, out, *more):
+    words = [sys.executable, "-m", "pgjax", "sweep", "run", str(file), "--out", str(out), *more]
+    return subprocess.Popen(words, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+
+def wait_for(condition, seconds=120.0):
+    until = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < until, "it did not happen"
+        time.sleep(0.05)
+
+
+def workers_of(out):
+    """Processes that hold a group of the sweep."""
+    found = set()
+    for owner in (out / "groups").glob("*/.owner.json"):
+        try:
+            found.add(json.loads(owner.read_text())["pid"])
+        except (OSError, ValueError):
+            pass
+    return found
+
+
+def alive(pid):
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().split(")")[1].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+def test_a_sweep_killed_at_random_ends_as_if_nothing_had_happened(tmp_path, inline):
+    file = write(tmp_path / "sweep.toml", steps=32 * 400)
+    assert run(file, tmp_path / "whole")
+    out = tmp_path / "out"
+    random.seed(0)
+    for _ in range(3):
+        process = start(file, out)
+        wait_for(lambda: workers_of(out) or process.poll() is not None)
+        time.sleep(random.uniform(0, 4))
+        process.kill()
+        process.wait()
+        orphans = workers_of(out)
+        wait_for(lambda: not any(map(alive, orphans)), 20)
+    process = start(file, out)
+    said, _ = process.communicate(timeout=300)
+    assert process.returncode == 0, said
+    assert contents(out) == contents(tmp_path / "whole")
+    assert len(events(out, "started")) == 2, "no group is begun twice"
+    assert {line["cell"] for line in events(out, "cell")} <= {path.name for path in (out / "cells").iterdir()}
+
+
+def test_a_worker_that_dies_is_replaced(tmp_path):
+    file, out = write(tmp_path / "sweep.toml", algorithms=("ppo",), steps=32 * 2000), tmp_path / "out"
+    process = start(file, out)
+    wait_for(lambda: any((out / "groups").glob("*/checkpoints/*")) or process.poll() is not None)
+    for pid in workers_of(out):
+        os.kill(pid, signal.SIGKILL)
+    said, _ = process.communicate(timeout=300)
+    assert process.returncode == 0, said
+    assert "a worker process died" in said
+    assert len(events(out, "started")) == 1 and len(events(out, "resumed")) == 1
+
+
+def test_ctrl_c_ends_at_a_checkpoint_and_says_how_to_go_on(tmp_path):
+    file, out = write(tmp_path / "sweep.toml", algorithms=("ppo",), steps=32 * 100_000), tmp_path / "out"
+    process = start(file, out)
+    wait_for(lambda: any((out / "groups").glob("*/parts/*")) or process.poll() is not None)
+    process.send_signal(signal.SIGINT)
+    said, _ = process.communicate(timeout=120)
+    assert process.returncode == 1 and "continue with: pgjax sweep run" in said and "Traceback" not in said
+    (status,) = {(s.status, s.done > 0) for s in _statuses(file, out)}
+    assert status == ("interrupted", True)
+    assert not workers_of(out)
+
+
+def test_a_ray_worker_that_is_killed_costs_no_more_than_its_last_seconds(tmp_path):
+    """A real local cluster of two workers, each with a group; one is killed once it has a checkpoint."""
+    pytest.importorskip("ray")
+    file, out = write(tmp_path / "sweep.toml", steps=32 * 6000), tmp_path / "out"
+    process = start(file, out, "--engine", "ray", "--workers", "2")
+    wait_for(lambda: len(list((out / "groups").glob("*/checkpoints/*"))) >= 1 or process.poll() is not None, 240)
+    victim = next(iter((out / "groups").glob("*/checkpoints"))).parent
+    before = max(int(path.name) for path in (victim / "checkpoints").iterdir() if path.name.isdigit())
+    os.kill(json.loads((victim / ".owner.json").read_text())["pid"], signal.SIGKILL)
+    said, _ = process.communicate(timeout=400)
+    assert process.returncode == 0, said
+    assert [line["group"] for line in events(out, "resumed")] == [victim.name] and before > 0
+    assert len(events(out, "started")) == 2
+    assert {s.status for s in _statuses(file, out)} == {"finished"}
+
+
+def test_submitit_runs_jobs_that_go_on_after_they_fail(tmp_path):
+    """Its executor for this machine in place of a cluster; a job that is killed is sent again and goes on."""
+    pytest.importorskip("submitit")
+    more = '[engine]\nname = "slurm"\ncluster = "local"\n'
+    file = write(tmp_path / "sweep.toml", algorithms=("ppo",), steps=32 * 2000, more="\n" + more)
+    out = tmp_path / "out"
+    process = start(file, out)
+    wait_for(lambda: any((out / "groups").glob("*/checkpoints/*")) or process.poll() is not None, 240)
+    for pid in workers_of(out):
+        os.kill(pid, signal.SIGKILL)
+    said, _ = process.communicate(timeout=400)
+    assert process.returncode == 0, said
+    assert "ended without a result" in said and len(events(out, "resumed")) == 1
+
+
+# --- the dry run
+
+
+def test_a_dry_run_says_what_would_be_and_writes_nothing(tmp_path):
+    file, said = write(tmp_path / "sweep.toml"), []
+    driver.dry_run(file, driver.Options(tmp_path / "out"), say=said.append)
+    text = "\n".join(said)
+    assert "4 cells (4 pending)" in text and "2 compilations" in text and "MiB" in text
+    assert not (tmp_path / "out").exists()
+    said.clear()
+    driver.dry_run(file, driver.Options(tmp_path / "out"), measure=False, say=said.append)
+    assert "MiB" not in "\n".join(said)
+
+
+def test_cells_of_the_same_spec_are_one(tmp_path):
+    file = write(tmp_path / "sweep.toml", algorithms=("ppo",), rates=(1e-3,))
+    spec = read_sweep(file).specs[0]
+    assert [cell.name for cell in cells_of([spec, spec])] == [cell_of(spec).name]
