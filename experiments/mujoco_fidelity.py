@@ -9,6 +9,7 @@ Each prints the table that docs/mujoco.md shows.
 
 import argparse
 import warnings
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -20,8 +21,9 @@ from pgjax.envs import MUJOCO_PHYSICS, make_env
 from pgjax.envs.mjx_tools import quiet_loading
 from pgjax.envs.mujoco.tasks import TASKS
 from pgjax.errors import RequestError
-from pgjax.experiments.evaluate_run import evaluate_run
-from pgjax.runner import RunSpec, policies_of
+from pgjax.experiments.evaluate_run import evaluate_run, lanes_of
+from pgjax.lanes import use_compilation_cache
+from pgjax.runner import RunSpec
 from pgjax.store import read_run
 
 mujoco: Any = _mujoco  # a compiled module without type information
@@ -172,18 +174,21 @@ def begin(original, qpos: np.ndarray, qvel: np.ndarray) -> np.ndarray:
     return inner._get_obs()
 
 
-def scores(run: str, num_episodes: int, physics: tuple[str, ...] = ("c", "mjx")) -> dict[str, np.ndarray]:
+def scores(
+    run: str, num_episodes: int, physics: Sequence[str] = ("c", "mjx"), lanes: Sequence[int] | None = None
+) -> dict[str, np.ndarray]:
     """Returns [lanes, num_episodes] of a run's final policies, acting by their mode, in Gymnasium itself and here.
 
-    Each place draws its own starts. ``run`` is the folder of a run on one of the tasks with its default options.
+    Each place draws its own starts. ``run`` is the folder of a run on one of the tasks with its default options, ``lanes`` the
+    places of those of its policies that are scored, None for all.
 
-    Raises: RequestError if the run had options of its own.
+    Raises: RequestError if the run had options of its own, or has no such lane.
     """
     spec = RunSpec.from_config(read_run(run)["config"])
     if set(spec.env_options) - {"physics", "num_threads", "reset_mode"}:
         raise RequestError(f"{run} was trained with {spec.env_options}; only runs with the task's defaults are scored")
     algorithm = spec.build()
-    policies, columns = policies_of(run, algorithm)
+    policies, columns = lanes_of(run, algorithm, lanes)
     num_lanes = len(columns["seed"])
     act = jax.jit(lambda policy, obs: algorithm.act(policy, obs[None], None)[0])
     found = {"gymnasium": np.zeros((num_lanes, num_episodes))}
@@ -191,14 +196,14 @@ def scores(run: str, num_episodes: int, physics: tuple[str, ...] = ("c", "mjx"))
     for lane in range(num_lanes):
         policy = jax.tree.map(lambda x, lane=lane: x[lane], policies)
         for episode in range(num_episodes):
-            obs, _ = original.reset(seed=num_episodes * lane + episode)
+            obs, _ = original.reset(seed=num_episodes * int(columns["seed"][lane]) + episode)
             over = False
             while not over:
                 obs, reward, terminated, truncated, _ = original.step(np.asarray(act(policy, np.float32(obs))))
                 found["gymnasium"][lane, episode] += reward
                 over = terminated or truncated
     for engine in physics:
-        frame = evaluate_run(run, None, {"physics": engine}, num_episodes, seed=0)
+        frame = evaluate_run(run, None, {"physics": engine}, num_episodes, seed=0, lanes=lanes)
         found[engine] = np.asarray(frame.loc[frame["policy"] == "mode", "return"]).reshape(num_lanes, num_episodes)
     return found
 
@@ -222,12 +227,12 @@ def _print_mjx(names, num_states: int, physics: str) -> None:
         print(f"| {name} | " + " | ".join(cells) + f" | {ends.sum()} of {len(ends)} |", flush=True)
 
 
-def _print_scores(run: str, num_episodes: int, physics: tuple[str, ...]) -> None:
-    found = scores(run, num_episodes, physics)
+def _print_scores(run: str, num_episodes: int, physics: Sequence[str], lanes: Sequence[int] | None) -> None:
+    found = scores(run, num_episodes, physics, lanes)
     print("| lane | " + " | ".join(found) + " |")
     print("|---" * (len(found) + 1) + "|")
-    for lane in range(len(found["gymnasium"])):
-        cells = [f"{x[lane].mean():.1f} ± {1.96 * x[lane].std(ddof=1) / np.sqrt(num_episodes):.1f}" for x in found.values()]
+    for row, lane in enumerate(range(len(found["gymnasium"])) if lanes is None else lanes):
+        cells = [f"{x[row].mean():.1f} ± {1.96 * x[row].std(ddof=1) / np.sqrt(num_episodes):.1f}" for x in found.values()]
         print(f"| {lane} | " + " | ".join(cells) + " |")
 
 
@@ -246,9 +251,11 @@ def main(argv: list[str] | None = None) -> None:
     part.add_argument("run")
     part.add_argument("--episodes", type=int, default=20)
     part.add_argument("--physics", nargs="+", default=["c", "mjx"], choices=MUJOCO_PHYSICS)
+    part.add_argument("--lanes", nargs="+", type=int, metavar="LANE", help="places of the policies in the run; all if absent")
     args = parser.parse_args(argv)
+    use_compilation_cache()  # compiling MJX takes longer than running it
     if args.part == "policy":
-        _print_scores(args.run, args.episodes, tuple(args.physics))
+        _print_scores(args.run, args.episodes, args.physics, args.lanes)
     elif args.part == "gymnasium":
         _print_gymnasium(args.tasks, args.steps)
     else:
