@@ -248,7 +248,7 @@ def test_a_preset_that_is_that_of_none_is_named(shelf):
 
 def test_presets_that_are_each_others_are_named(shelf):
     shelf(one='same_as = "two"', two='same_as = "three"', three='same_as = "two"')
-    with pytest.raises(RequestError, match="preset 'three' for ppo: same_as = 'two' leads back to itself: .*two -> three -> two"):
+    with pytest.raises(RequestError, match=r"'three' for ppo: same_as = 'two' leads back to itself: .*two -> three -> two"):
         presets.list_presets()
 
 
