@@ -64,6 +64,10 @@ class TestAgainstGymnasium:
         options["exclude_current_positions_from_observation"] = False
         assert_same(name, 40, **options)
 
+    @pytest.mark.parametrize("left_out", [("cinert", "qfrc_actuator"), ("cvel", "cfrc_ext")])
+    def test_parts_of_a_humanoid_s_observation(self, left_out):
+        assert_same("Humanoid-v5", 10, **{f"include_{part}_in_observation": False for part in left_out})
+
     def test_contact_forces_of_version_4_on_request(self):
         assert pgjax.make_env("mujoco/Ant-v4").observation_space.shape == (27,)
         assert_same("Ant-v4", 40, use_contact_forces=True)
