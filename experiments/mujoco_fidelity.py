@@ -89,19 +89,25 @@ def against_gymnasium(
     return Fidelity(num_steps * num_envs, episodes, **worst, ends=int(ends))
 
 
-def one_step_errors(name: str, num_states: int = 256, seed: int = 0, physics: str = "mjx") -> dict[str, Any]:
-    """Absolute errors of one step of MJX from states of C MuJoCo: 16 episodes' first ``num_states`` / 16 under random actions.
+def one_step_errors(
+    name: str, num_states: int = 256, seed: int = 0, physics: str = "mjx", num_steps: int = 1000
+) -> dict[str, Any]:
+    """Absolute errors of one step of MJX from states of C MuJoCo, drawn from whole episodes under random actions.
 
-    The quantities are qpos, qvel, obs and reward; ``ends`` tells states after which only one of the two terminates.
+    16 environments play ``num_steps`` steps, beginning anew as episodes end; ``num_states`` of their states are picked at
+    random. The quantities are qpos, qvel, obs and reward; ``ends`` tells states after which only one of the two terminates,
+    ``contacts`` states in which bodies touch.
     """
     from pgjax.envs.mujoco.mjx_engine import State
 
     env, other = make_env(f"mujoco/{name}"), make_env(f"mujoco/{name}", physics=physics)
     num_envs = 16
-    _, actions, states, steps = random_rollout(env, num_states // num_envs + 1, num_envs, seed)
-    before = jax.tree.map(lambda x: x[:-1].reshape(-1, *x.shape[2:]), states)
-    action, after = (jax.tree.map(lambda x: x[1:].reshape(-1, *x.shape[2:]), x) for x in (actions, steps))
+    _, actions, states, steps = random_rollout(env, num_steps, num_envs, seed)
+    step, row = np.divmod(np.random.default_rng(seed).choice((num_steps - 1) * num_envs, num_states, replace=False), num_envs)
+    before = jax.tree.map(lambda x: x[step, row], states)
+    action, after, following = jax.tree.map(lambda x: x[step + 1, row], (actions, steps, states))
     qpos, qvel = positions(env, before.bits)
+    contacts = touching(env.model, qpos)
     numbers = before.bits.view(np.float64)
     bit = mujoco.mjtState
     recalled = numbers[:, mujoco.mj_stateSize(env.model, int(bit.mjSTATE_INTEGRATION)) :]
@@ -112,20 +118,32 @@ def one_step_errors(name: str, num_states: int = 256, seed: int = 0, physics: st
     state = State(qpos, qvel, warmstart, recalled, jnp.asarray(before.steps))
 
     @jax.jit
-    def step(state, action):
+    def advance(state, action):
         return jax.vmap(other._advance, (None, 0, 0, None))(None, state, action, other.default_params)
 
-    new, obs, reward, terminated, *_ = step(state, action)
+    new, obs, reward, terminated, *_ = advance(state, action)
     # The states after a step that ended an episode are those of the next start.
     on = ~(after.terminated | after.truncated)
-    next_qpos, next_qvel = positions(env, states.bits[1:].reshape(-1, before.bits.shape[-1]))
+    next_qpos, next_qvel = positions(env, following.bits)
     return {
         "qpos": np.abs(next_qpos - new.qpos)[on],
         "qvel": np.abs(next_qvel - new.qvel)[on],
         "obs": np.abs(after.final_obs - obs),
         "reward": np.abs(after.reward - reward),
         "ends": np.asarray(after.terminated != terminated),
+        "contacts": contacts,
     }
+
+
+def touching(model: Any, qpos: np.ndarray) -> np.ndarray:
+    """[N] whether any bodies touch in the positions [N, nq]."""
+    data = mujoco.MjData(model)
+    found = np.zeros(len(qpos), bool)
+    for i in range(len(qpos)):
+        data.qpos[:] = qpos[i]
+        mujoco.mj_fwdPosition(model, data)
+        found[i] = data.ncon > 0
+    return found
 
 
 def random_rollout(env, num_steps: int, num_envs: int, seed: int) -> Any:
@@ -219,12 +237,14 @@ def _print_gymnasium(names, num_steps: int) -> None:
 
 
 def _print_mjx(names, num_states: int, physics: str) -> None:
-    print("median / 99 % / largest\n\n| task | qpos | qvel | obs | reward | ends that differ |\n|---|---|---|---|---|---|")
+    print("median / 99 % / largest\n\n| task | with contacts | qpos | qvel | obs | reward | ends that differ |")
+    print("|---" * 7 + "|")
     for name in names:
         errors = one_step_errors(name, num_states, physics=physics)
-        ends = errors.pop("ends")
+        ends, contacts = errors.pop("ends"), errors.pop("contacts")
         cells = [" / ".join(f"{x:.0e}" for x in np.quantile(e, [0.5, 0.99, 1.0])) for e in errors.values()]
-        print(f"| {name} | " + " | ".join(cells) + f" | {ends.sum()} of {len(ends)} |", flush=True)
+        cells = [f"{contacts.mean():.0%}", *cells, f"{ends.sum()} of {len(ends)}"]
+        print(f"| {name} | " + " | ".join(cells) + " |", flush=True)
 
 
 def _print_scores(run: str, num_episodes: int, physics: Sequence[str], lanes: Sequence[int] | None) -> None:
