@@ -20,6 +20,7 @@ from pgjax.errors import RequestError
 from pgjax.experiments import mujoco_fidelity as fidelity
 
 ROOT = Path(__file__).resolve().parent.parent
+MORE_POOLS = ("InvertedDoublePendulum-v5", "Reacher-v5", "Hopper-v5", "HalfCheetah-v5")  # their programs take longer
 VERSION_5 = sorted(name for name in TASKS if name.endswith("-v5"))
 
 
@@ -298,6 +299,29 @@ class TestMjx:
         assert errors["qvel"].max() < 1e-4
         assert errors["reward"].max() == 0
         assert not errors["ends"].any()
+
+    @pytest.mark.parametrize("name", ["InvertedPendulum-v5", *(pytest.param(n, marks=pytest.mark.slow) for n in MORE_POOLS)])
+    def test_the_pool_has_the_distribution_of_exact_starts(self, name):
+        """The first pool and the one after ``refresh`` against C MuJoCo's starts, which are drawn for each episode.
+
+        Kolmogorov and Smirnov's test on each entry of state and observation; 0.001 shared by all of them.
+        """
+        num = 1000
+        env, exact = pgjax.make_env(f"mujoco/{name}", physics="mjx"), pgjax.make_env(f"mujoco/{name}")
+        state, first = jax.jit(env.reset)(jax.random.split(jax.random.key(0), num), env.default_params)
+        renewed = jax.jit(env.refresh)(jax.random.key(1), state, env.default_params)
+        jax.tree.map(np.testing.assert_array_equal, renewed.state, state.state)  # running episodes go on
+        starts, obs = exact.reset(jax.random.split(jax.random.key(2), 10 * num), exact.default_params)
+        starts = np.concatenate([*fidelity.positions(exact, np.asarray(starts.bits)), obs], 1)
+        fixed = starts.std(0) < 1e-6
+        values = []
+        for pooled in (state, renewed):
+            pool = np.concatenate([pooled.pool_state.qpos, pooled.pool_state.qvel, pooled.pool_obs], 1)
+            np.testing.assert_allclose(pool[:, fixed], np.broadcast_to(starts[0, fixed], pool[:, fixed].shape), atol=1e-6)
+            values += [stats.ks_2samp(a, b).pvalue for a, b in zip(pool.T[~fixed], starts.T[~fixed], strict=True)]
+        assert min(values) > 1e-3 / len(values)
+        # Every start is another one: none of the first pool is left, and neither pool has those of the running episodes.
+        assert len(np.unique(np.concatenate([first, state.pool_obs, renewed.pool_obs]), axis=0)) == 3 * num
 
     @pytest.mark.slow  # Six programs of a quarter of a minute each.
     def test_keeps_the_contract_and_physics_are_parameters(self):
