@@ -21,6 +21,7 @@ import pgjax
 from pgjax import algorithms, on_policy, training
 from pgjax import lanes as lanes_
 from pgjax.errors import RequestError, close_names
+from pgjax.experiments.env_speed import random_actions
 from pgjax.experiments.plain_ppo import plain_ppo
 from pgjax.experiments.shared_settings import differences, settle
 
@@ -187,7 +188,7 @@ def _shares(algorithm, repeats):
         def rollout(env_state, key):
             shape = (setup.num_steps, setup.num_envs)
             drawn = env.presample(jax.random.split(key, shape), env.default_params)
-            actions = _random_actions(key, env, shape)
+            actions = random_actions(key, env, shape)
             env_state, out = jax.lax.scan(step, env_state, (drawn, actions))
             return env_state, jax.tree.map(jnp.sum, out)
 
@@ -211,13 +212,6 @@ def _shares(algorithm, repeats):
     guard, _ = _compiled(lambda new, old: on_policy.gate(jnp.zeros((), bool), new, old), state.learner, state.learner)
     seconds["guard against non-finite lanes"] = _medians({"guard": lambda: guard(state.learner, state.learner)}, 100)["guard"]
     return seconds
-
-
-def _random_actions(key, env, shape):
-    if isinstance(env.action_space, pgjax.Discrete):
-        return jax.random.randint(key, shape, 0, env.action_space.num)
-    low, high = env.action_space.bounds
-    return jax.random.uniform(key, (*shape, *env.action_space.shape), minval=low, maxval=high)
 
 
 def _startup(repeats, say):

@@ -6,11 +6,47 @@ K=V are options of ``make_env``, numbers or words.
 import argparse
 import ast
 import time
+from typing import Any
 
 import jax
 
 import pgjax
 from pgjax.spaces import Discrete
+from pgjax.types import Environment
+
+
+def random_actions(key: jax.Array, env: Environment, shape: tuple[int, ...]) -> jax.Array:
+    """[*shape, *A], uniform within the bounds."""
+    space = env.action_space
+    if isinstance(space, Discrete):
+        return jax.random.randint(key, shape, 0, space.num)
+    low, high = space.bounds
+    return jax.random.uniform(key, (*shape, *space.shape), minval=low, maxval=high)
+
+
+def bare_loop(env: Environment) -> Any:
+    """A jitted ``(env_state, key, actions [T, B, *A]) -> (env_state, rewards [T])`` that does nothing but step.
+
+    As in training, random numbers are drawn before the scan where the environment can do that.
+    """
+    params: Any = env.default_params
+    presample = getattr(env, "presample", None)
+
+    @jax.jit
+    def play(env_state, key, actions):
+        keys = jax.random.split(key, actions.shape[:2])
+        drawn, step = keys, env.step
+        if presample:
+            drawn, step = presample(keys, params), env.step_presampled  # pyright: ignore[reportAttributeAccessIssue]
+
+        def body(env_state, inputs):
+            drawn, action = inputs
+            env_state, timestep = step(drawn, env_state, action, params)
+            return env_state, timestep.reward.sum()
+
+        return jax.lax.scan(body, env_state, (drawn, actions))
+
+    return play
 
 
 def measure(name: str, num_envs: int, num_steps: int, repeats: int, **options) -> dict[str, float]:
@@ -21,22 +57,8 @@ def measure(name: str, num_envs: int, num_steps: int, repeats: int, **options) -
     """
     begin = time.perf_counter()
     env = pgjax.make_env(name, **options)
-    params, space = env.default_params, env.action_space
+    params = env.default_params
     seconds = {"make": time.perf_counter() - begin}
-
-    @jax.jit
-    def rollout(key, env_state):
-        def step(env_state, key):
-            key_action, key_step = jax.random.split(key)
-            if isinstance(space, Discrete):
-                action = jax.random.randint(key_action, (num_envs,), 0, space.num)
-            else:
-                low, high = space.bounds
-                action = jax.random.uniform(key_action, (num_envs, *space.shape), minval=low, maxval=high)
-            env_state, timestep = env.step(jax.random.split(key_step, num_envs), env_state, action, params)
-            return env_state, timestep.reward.sum()
-
-        return jax.lax.scan(step, env_state, jax.random.split(key, num_steps))
 
     def timed(function, *args):
         begin = time.perf_counter()
@@ -45,10 +67,11 @@ def measure(name: str, num_envs: int, num_steps: int, repeats: int, **options) -
 
     reset = jax.jit(lambda key: env.reset(key, params))
     (state, _), seconds["reset"] = timed(reset, jax.random.split(jax.random.key(0), num_envs))
-    compiled, seconds["compile_rollout"] = timed(lambda: rollout.lower(jax.random.key(1), state).compile())
+    actions = random_actions(jax.random.key(4), env, (num_steps, num_envs))
+    compiled, seconds["compile_rollout"] = timed(lambda: bare_loop(env).lower(state, jax.random.key(1), actions).compile())
     fastest = float("inf")
     for i in range(repeats):
-        (state, _), took = timed(compiled, jax.random.key(i), state)
+        (state, _), took = timed(compiled, state, jax.random.key(i), actions)
         fastest = min(fastest, took)
     refresh = jax.jit(lambda key, state: env.refresh(key, state, params))
     timed(refresh, jax.random.key(2), state)

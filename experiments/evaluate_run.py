@@ -1,5 +1,6 @@
 """``pgjax eval``: full episodes of a run's saved policies, in its own environment or another one."""
 
+from collections.abc import Sequence
 from typing import cast
 
 import jax
@@ -13,18 +14,21 @@ from pgjax.evaluation import evaluate
 from pgjax.experiments.statistics import iqm, iqm_interval
 from pgjax.runner import RunSpec, policies_of, with_params
 from pgjax.store import read_run
+from pgjax.types import Algorithm, PyTree
 
 
-def evaluate_run(path, env: str | None, env_options: dict, num_episodes: int, seed: int) -> pd.DataFrame:
+def evaluate_run(
+    path, env: str | None, env_options: dict, num_episodes: int, seed: int, lanes: Sequence[int] | None = None
+) -> pd.DataFrame:
     """One row per episode: config, seed, policy (mode or sample), episode, return, length.
 
     Args: path of a run.  env: name of another environment with the same spaces, or None.  env_options: for ``make_env``;
-    they replace the run's own if given.  num_episodes: of each policy.  seed: of the episodes.
-    Raises: RequestError if there is no such run, or the spaces differ.
+    they replace the run's own if given.  num_episodes: of each policy.  seed: of the episodes.  lanes: see ``lanes_of``.
+    Raises: RequestError if there is no such run or lane, or the spaces differ.
     """
     spec = RunSpec.from_config(read_run(path)["config"])
     trained = spec.build()
-    policies, columns = policies_of(path, trained)
+    policies, columns = lanes_of(path, trained, lanes)
     options = env_options or (spec.env_options if env is None else {})
     where = pgjax.make_env(env or spec.env, **options)
     if spec.env_params and env is None:
@@ -57,6 +61,20 @@ def evaluate_run(path, env: str | None, env_options: dict, num_episodes: int, se
             )
         )
     return pd.concat(frames, ignore_index=True)
+
+
+def lanes_of(path, algorithm: Algorithm, lanes: Sequence[int] | None = None) -> tuple[PyTree, dict[str, np.ndarray]]:
+    """``policies_of`` the lanes at these places of a run, from 0 on; of all if None.
+
+    Raises: RequestError for a place that the run does not have, and as ``policies_of`` does.
+    """
+    policies, columns = policies_of(path, algorithm)
+    num_lanes = len(columns["seed"])
+    for lane in lanes or ():
+        if not 0 <= lane < num_lanes:
+            raise RequestError(f"lanes = {lane}: the run {path} has 0 to {num_lanes - 1}")
+    chosen = np.arange(num_lanes) if lanes is None else np.asarray(lanes)
+    return jax.tree.map(lambda x: x[chosen], (policies, columns))
 
 
 def summary_table(frame: pd.DataFrame) -> str:

@@ -9,6 +9,7 @@ Each prints the table that docs/mujoco.md shows.
 
 import argparse
 import warnings
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -20,8 +21,9 @@ from pgjax.envs import MUJOCO_PHYSICS, make_env
 from pgjax.envs.mjx_tools import quiet_loading
 from pgjax.envs.mujoco.tasks import TASKS
 from pgjax.errors import RequestError
-from pgjax.experiments.evaluate_run import evaluate_run
-from pgjax.runner import RunSpec, policies_of
+from pgjax.experiments.evaluate_run import evaluate_run, lanes_of
+from pgjax.lanes import use_compilation_cache
+from pgjax.runner import RunSpec
 from pgjax.store import read_run
 
 mujoco: Any = _mujoco  # a compiled module without type information
@@ -87,19 +89,25 @@ def against_gymnasium(
     return Fidelity(num_steps * num_envs, episodes, **worst, ends=int(ends))
 
 
-def one_step_errors(name: str, num_states: int = 256, seed: int = 0, physics: str = "mjx") -> dict[str, Any]:
-    """Absolute errors of one step of MJX from states of C MuJoCo: 16 episodes' first ``num_states`` / 16 under random actions.
+def one_step_errors(
+    name: str, num_states: int = 256, seed: int = 0, physics: str = "mjx", num_steps: int = 1000
+) -> dict[str, Any]:
+    """Absolute errors of one step of MJX from states of C MuJoCo, drawn from whole episodes under random actions.
 
-    The quantities are qpos, qvel, obs and reward; ``ends`` tells states after which only one of the two terminates.
+    16 environments play ``num_steps`` steps, beginning anew as episodes end; ``num_states`` of their states are picked at
+    random. The quantities are qpos, qvel, obs and reward; ``ends`` tells states after which only one of the two terminates,
+    ``contacts`` states in which bodies touch.
     """
     from pgjax.envs.mujoco.mjx_engine import State
 
     env, other = make_env(f"mujoco/{name}"), make_env(f"mujoco/{name}", physics=physics)
     num_envs = 16
-    _, actions, states, steps = random_rollout(env, num_states // num_envs + 1, num_envs, seed)
-    before = jax.tree.map(lambda x: x[:-1].reshape(-1, *x.shape[2:]), states)
-    action, after = (jax.tree.map(lambda x: x[1:].reshape(-1, *x.shape[2:]), x) for x in (actions, steps))
+    _, actions, states, steps = random_rollout(env, num_steps, num_envs, seed)
+    step, row = np.divmod(np.random.default_rng(seed).choice((num_steps - 1) * num_envs, num_states, replace=False), num_envs)
+    before = jax.tree.map(lambda x: x[step, row], states)
+    action, after, following = jax.tree.map(lambda x: x[step + 1, row], (actions, steps, states))
     qpos, qvel = positions(env, before.bits)
+    contacts = touching(env.model, qpos)
     numbers = before.bits.view(np.float64)
     bit = mujoco.mjtState
     recalled = numbers[:, mujoco.mj_stateSize(env.model, int(bit.mjSTATE_INTEGRATION)) :]
@@ -110,20 +118,32 @@ def one_step_errors(name: str, num_states: int = 256, seed: int = 0, physics: st
     state = State(qpos, qvel, warmstart, recalled, jnp.asarray(before.steps))
 
     @jax.jit
-    def step(state, action):
+    def advance(state, action):
         return jax.vmap(other._advance, (None, 0, 0, None))(None, state, action, other.default_params)
 
-    new, obs, reward, terminated, *_ = step(state, action)
+    new, obs, reward, terminated, *_ = advance(state, action)
     # The states after a step that ended an episode are those of the next start.
     on = ~(after.terminated | after.truncated)
-    next_qpos, next_qvel = positions(env, states.bits[1:].reshape(-1, before.bits.shape[-1]))
+    next_qpos, next_qvel = positions(env, following.bits)
     return {
         "qpos": np.abs(next_qpos - new.qpos)[on],
         "qvel": np.abs(next_qvel - new.qvel)[on],
         "obs": np.abs(after.final_obs - obs),
         "reward": np.abs(after.reward - reward),
         "ends": np.asarray(after.terminated != terminated),
+        "contacts": contacts,
     }
+
+
+def touching(model: Any, qpos: np.ndarray) -> np.ndarray:
+    """[N] whether any bodies touch in the positions [N, nq]."""
+    data = mujoco.MjData(model)
+    found = np.zeros(len(qpos), bool)
+    for i in range(len(qpos)):
+        data.qpos[:] = qpos[i]
+        mujoco.mj_fwdPosition(model, data)
+        found[i] = data.ncon > 0
+    return found
 
 
 def random_rollout(env, num_steps: int, num_envs: int, seed: int) -> Any:
@@ -172,18 +192,21 @@ def begin(original, qpos: np.ndarray, qvel: np.ndarray) -> np.ndarray:
     return inner._get_obs()
 
 
-def scores(run: str, num_episodes: int, physics: tuple[str, ...] = ("c", "mjx")) -> dict[str, np.ndarray]:
+def scores(
+    run: str, num_episodes: int, physics: Sequence[str] = ("c", "mjx"), lanes: Sequence[int] | None = None
+) -> dict[str, np.ndarray]:
     """Returns [lanes, num_episodes] of a run's final policies, acting by their mode, in Gymnasium itself and here.
 
-    Each place draws its own starts. ``run`` is the folder of a run on one of the tasks with its default options.
+    Each place draws its own starts. ``run`` is the folder of a run on one of the tasks with its default options, ``lanes`` the
+    places of those of its policies that are scored, None for all.
 
-    Raises: RequestError if the run had options of its own.
+    Raises: RequestError if the run had options of its own, or has no such lane.
     """
     spec = RunSpec.from_config(read_run(run)["config"])
     if set(spec.env_options) - {"physics", "num_threads", "reset_mode"}:
         raise RequestError(f"{run} was trained with {spec.env_options}; only runs with the task's defaults are scored")
     algorithm = spec.build()
-    policies, columns = policies_of(run, algorithm)
+    policies, columns = lanes_of(run, algorithm, lanes)
     num_lanes = len(columns["seed"])
     act = jax.jit(lambda policy, obs: algorithm.act(policy, obs[None], None)[0])
     found = {"gymnasium": np.zeros((num_lanes, num_episodes))}
@@ -191,14 +214,14 @@ def scores(run: str, num_episodes: int, physics: tuple[str, ...] = ("c", "mjx"))
     for lane in range(num_lanes):
         policy = jax.tree.map(lambda x, lane=lane: x[lane], policies)
         for episode in range(num_episodes):
-            obs, _ = original.reset(seed=num_episodes * lane + episode)
+            obs, _ = original.reset(seed=num_episodes * int(columns["seed"][lane]) + episode)
             over = False
             while not over:
                 obs, reward, terminated, truncated, _ = original.step(np.asarray(act(policy, np.float32(obs))))
                 found["gymnasium"][lane, episode] += reward
                 over = terminated or truncated
     for engine in physics:
-        frame = evaluate_run(run, None, {"physics": engine}, num_episodes, seed=0)
+        frame = evaluate_run(run, None, {"physics": engine}, num_episodes, seed=0, lanes=lanes)
         found[engine] = np.asarray(frame.loc[frame["policy"] == "mode", "return"]).reshape(num_lanes, num_episodes)
     return found
 
@@ -214,20 +237,22 @@ def _print_gymnasium(names, num_steps: int) -> None:
 
 
 def _print_mjx(names, num_states: int, physics: str) -> None:
-    print("median / 99 % / largest\n\n| task | qpos | qvel | obs | reward | ends that differ |\n|---|---|---|---|---|---|")
+    print("median / 99 % / largest\n\n| task | with contacts | qpos | qvel | obs | reward | ends that differ |")
+    print("|---" * 7 + "|")
     for name in names:
         errors = one_step_errors(name, num_states, physics=physics)
-        ends = errors.pop("ends")
+        ends, contacts = errors.pop("ends"), errors.pop("contacts")
         cells = [" / ".join(f"{x:.0e}" for x in np.quantile(e, [0.5, 0.99, 1.0])) for e in errors.values()]
-        print(f"| {name} | " + " | ".join(cells) + f" | {ends.sum()} of {len(ends)} |", flush=True)
+        cells = [f"{contacts.mean():.0%}", *cells, f"{ends.sum()} of {len(ends)}"]
+        print(f"| {name} | " + " | ".join(cells) + " |", flush=True)
 
 
-def _print_scores(run: str, num_episodes: int, physics: tuple[str, ...]) -> None:
-    found = scores(run, num_episodes, physics)
+def _print_scores(run: str, num_episodes: int, physics: Sequence[str], lanes: Sequence[int] | None) -> None:
+    found = scores(run, num_episodes, physics, lanes)
     print("| lane | " + " | ".join(found) + " |")
     print("|---" * (len(found) + 1) + "|")
-    for lane in range(len(found["gymnasium"])):
-        cells = [f"{x[lane].mean():.1f} ± {1.96 * x[lane].std(ddof=1) / np.sqrt(num_episodes):.1f}" for x in found.values()]
+    for row, lane in enumerate(range(len(found["gymnasium"])) if lanes is None else lanes):
+        cells = [f"{x[row].mean():.1f} ± {1.96 * x[row].std(ddof=1) / np.sqrt(num_episodes):.1f}" for x in found.values()]
         print(f"| {lane} | " + " | ".join(cells) + " |")
 
 
@@ -246,9 +271,11 @@ def main(argv: list[str] | None = None) -> None:
     part.add_argument("run")
     part.add_argument("--episodes", type=int, default=20)
     part.add_argument("--physics", nargs="+", default=["c", "mjx"], choices=MUJOCO_PHYSICS)
+    part.add_argument("--lanes", nargs="+", type=int, metavar="LANE", help="places of the policies in the run; all if absent")
     args = parser.parse_args(argv)
+    use_compilation_cache()  # compiling MJX takes longer than running it
     if args.part == "policy":
-        _print_scores(args.run, args.episodes, tuple(args.physics))
+        _print_scores(args.run, args.episodes, args.physics, args.lanes)
     elif args.part == "gymnasium":
         _print_gymnasium(args.tasks, args.steps)
     else:

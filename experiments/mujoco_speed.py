@@ -20,6 +20,7 @@ import numpy as np
 
 import pgjax
 from pgjax.envs.mjx_tools import quiet_loading
+from pgjax.experiments.env_speed import bare_loop, random_actions
 from pgjax.experiments.mujoco_fidelity import make_original
 
 mujoco: Any = _mujoco  # a compiled module without type information
@@ -86,26 +87,12 @@ def table(repeats: int, say: Callable[[str], None], tasks: tuple[str, ...] = TAS
 
 def _actions(env) -> np.ndarray:
     """[NUM_STEPS, NUM_ENVS, A] random actions within the bounds."""
-    low, high = env.action_space.bounds
-    shape = (NUM_STEPS, NUM_ENVS, *env.action_space.shape)
-    return np.random.default_rng(0).uniform(low, high, shape).astype(np.float32)
+    return np.asarray(random_actions(jax.random.key(0), env, (NUM_STEPS, NUM_ENVS)))
 
 
 def _pgjax(env) -> Contender:
-    """A jitted scan that does nothing but step; it goes on where it was."""
-
-    @jax.jit
-    def play(state, key, actions):
-        drawn = env.presample(jax.random.split(key, (NUM_STEPS, NUM_ENVS)), env.default_params)
-
-        def body(state, inputs):
-            drawn, action = inputs
-            state, timestep = env.step_presampled(drawn, state, action, env.default_params)
-            return state, timestep.reward.sum()
-
-        return jax.lax.scan(body, state, (drawn, actions))
-
-    actions = jnp.asarray(_actions(env))
+    """The compiled loop, which goes on where it was."""
+    play, actions = bare_loop(env), jnp.asarray(_actions(env))
     carried = [env.reset(jax.random.split(jax.random.key(0), NUM_ENVS), env.default_params)[0]]
 
     def run():

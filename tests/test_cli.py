@@ -1,5 +1,6 @@
 """The command line: what a wrong request is answered with, and what the commands print."""
 
+import itertools
 import shutil
 import subprocess
 import sys
@@ -10,6 +11,7 @@ import pytest
 import pgjax
 from pgjax import cli
 from pgjax.algorithms import list_algorithms
+from pgjax.errors import RequestError
 from pgjax.experiments import presets
 from pgjax.runner import RunSpec
 
@@ -205,6 +207,49 @@ def test_a_preset_may_be_that_of_another_with_changes():
     ours, theirs = presets.find("auto", "trpo", "mujoco/Hopper-v5"), presets.find("baselines", "trpo", "mujoco/Hopper-v5")
     assert {**ours, "name": None} == {**theirs, "name": None}
     assert "same_as" not in ours
+
+
+@pytest.fixture
+def shelf(tmp_path, monkeypatch):
+    """``shelf(name=text, ...)``: these presets for PPO, one file each, in place of the shipped ones."""
+
+    def fill(**tables):
+        for name, text in tables.items():
+            (tmp_path / f"{name}.toml").write_text(f'name = "{name}"\n[ppo]\n{text}\n')
+        monkeypatch.setattr(presets, "_FOLDER", tmp_path)
+
+    return fill
+
+
+# Files are read in the order of their names.
+@pytest.mark.parametrize(("first", "second", "third"), list(itertools.permutations("abc")))
+def test_a_chain_of_presets_in_any_order(shelf, first, second, third):
+    hypers = "hypers = {gamma = 0.5, learning_rate = 1e-3, clip_eps = 0.2}"
+    chain = {first: f"total_env_steps = 5\nsetup = {{num_envs = 2}}\n{hypers}"}
+    chain[second] = f'same_as = "{first}"\nhypers = {{gamma = 0.6, clip_eps = 0.3}}'
+    chain[third] = f'same_as = "{second}"\nhypers = {{gamma = 0.7}}\nsetup = {{num_steps = 8}}'
+    shelf(**chain)
+    found = presets.list_presets()
+    assert found[third]["ppo"] == {
+        "total_env_steps": 5,
+        "setup": {"num_envs": 2, "num_steps": 8},
+        "hypers": {"gamma": 0.7, "learning_rate": 1e-3, "clip_eps": 0.3},
+    }
+    assert found[second]["ppo"]["hypers"] == {"gamma": 0.6, "learning_rate": 1e-3, "clip_eps": 0.3}
+    assert found[first]["ppo"]["hypers"] == {"gamma": 0.5, "learning_rate": 1e-3, "clip_eps": 0.2}
+
+
+def test_a_preset_that_is_that_of_none_is_named(shelf):
+    shelf(ours='same_as = "thiers"', theirs="total_env_steps = 5")
+    with pytest.raises(RequestError) as caught:
+        presets.list_presets()
+    assert str(caught.value) == "preset 'ours' for ppo: same_as = 'thiers' is no preset for ppo: did you mean theirs?"
+
+
+def test_presets_that_are_each_others_are_named(shelf):
+    shelf(one='same_as = "two"', two='same_as = "three"', three='same_as = "two"')
+    with pytest.raises(RequestError, match=r"'three' for ppo: same_as = 'two' leads back to itself: .*two -> three -> two"):
+        presets.list_presets()
 
 
 def test_auto_takes_the_environments_own_preset():

@@ -14,11 +14,13 @@ import pytest
 from scipy import stats
 
 import pgjax
+from pgjax.envs.mujoco import load_model
 from pgjax.envs.mujoco.tasks import TASKS
 from pgjax.errors import RequestError
 from pgjax.experiments import mujoco_fidelity as fidelity
 
 ROOT = Path(__file__).resolve().parent.parent
+MORE_POOLS = ("InvertedDoublePendulum-v5", "Reacher-v5", "Hopper-v5", "HalfCheetah-v5")  # their programs take longer
 VERSION_5 = sorted(name for name in TASKS if name.endswith("-v5"))
 
 
@@ -29,6 +31,26 @@ def assert_same(name, num_steps, **options):
     assert found.reward < 1e-6
     assert found.metrics < 1e-6
     return found
+
+
+def uniform_on(low, high):
+    return stats.uniform(low, high - low)
+
+
+def uniform(bound):
+    return uniform_on(-bound, bound)
+
+
+def normal(scale):
+    return stats.norm(0, scale)
+
+
+def draw_starts(name, num=20_000, **options):
+    """What is added to a model's initial state at the start of an episode, ``num`` times, and the model."""
+    task = TASKS[name](**options)
+    model = load_model(task.xml)
+    start = jax.jit(jax.vmap(lambda key: task.start(key, model)))
+    return np.asarray(start(jax.random.split(jax.random.key(0), num))), model
 
 
 class TestAgainstGymnasium:
@@ -42,6 +64,10 @@ class TestAgainstGymnasium:
         options = {"terminate_when_unhealthy": False, "ctrl_cost_weight": 0.3, "healthy_reward": 2.0}
         options["exclude_current_positions_from_observation"] = False
         assert_same(name, 40, **options)
+
+    @pytest.mark.parametrize("left_out", [("cinert", "qfrc_actuator"), ("cvel", "cfrc_ext")])
+    def test_parts_of_a_humanoid_s_observation(self, left_out):
+        assert_same("Humanoid-v5", 10, **{f"include_{part}_in_observation": False for part in left_out})
 
     def test_contact_forces_of_version_4_on_request(self):
         assert pgjax.make_env("mujoco/Ant-v4").observation_space.shape == (27,)
@@ -75,6 +101,71 @@ class TestAgainstGymnasium:
         np.testing.assert_allclose(ours[:num, fixed], theirs[:, fixed], atol=1e-7)
         values = [stats.ks_2samp(a, b).pvalue for a, b in zip(ours.T[~fixed], theirs.T[~fixed], strict=True)]
         assert min(values) > 1e-4 / len(values)
+
+
+# What Gymnasium's documentation says is added to the initial positions and velocities: uniform within a bound, or normal.
+NOISE = {
+    **{f"{name}-v5": (uniform(0.1), normal(0.1)) for name in ("HalfCheetah", "Ant", "InvertedDoublePendulum")},
+    **{f"{name}-v5": (uniform(0.005), uniform(0.005)) for name in ("Hopper", "Walker2d")},
+    **{f"{name}-v5": (uniform(0.01), uniform(0.01)) for name in ("Humanoid", "HumanoidStandup", "InvertedPendulum")},
+    "Swimmer-v5": (uniform(0.1), uniform(0.1)),
+}
+
+
+class TestStarts:
+    """Of so many draws that a width wrong by a twentieth is seen; Gymnasium itself is too slow to give as many."""
+
+    @pytest.mark.parametrize("name", sorted(NOISE))
+    def test_noise_is_as_documented(self, name):
+        noise, model = draw_starts(name)
+        dists = [NOISE[name][0]] * model.nq + [NOISE[name][1]] * model.nv
+        values = [stats.kstest(a, dist.cdf).pvalue for a, dist in zip(noise.T, dists, strict=True)]
+        assert min(values) > 1e-4 / len(values)
+
+    def test_noise_scales_with_the_option(self):
+        noise, model = draw_starts("Ant-v5", reset_noise_scale=0.02)
+        np.testing.assert_allclose(np.abs(noise[:, : model.nq]).max(0), 0.02, rtol=0.01)
+        np.testing.assert_allclose(noise[:, model.nq :].std(0), 0.02, rtol=0.03)
+
+    def test_reacher_s_goal_is_anywhere_in_its_disc(self):
+        noise, model = draw_starts("Reacher-v5")
+        goal = noise[:, 2:4] + model.qpos0[2:]
+        # Of a disc of radius R the share within r is r²/R².
+        assert stats.kstest((goal**2).sum(1) / 0.2**2, uniform_on(0, 1).cdf).pvalue > 1e-4
+        assert stats.kstest(np.arctan2(goal[:, 1], goal[:, 0]), uniform_on(-np.pi, np.pi).cdf).pvalue > 1e-4
+        for i, bound in ((0, 0.1), (1, 0.1), (4, 0.005), (5, 0.005)):
+            assert stats.kstest(noise[:, i], uniform(bound).cdf).pvalue > 1e-4
+        assert (noise[:, 6:] == 0).all()
+
+    def test_pusher_s_object_is_anywhere_in_its_rectangle_but_near_the_goal(self):
+        noise, model = draw_starts("Pusher-v5")
+        place = noise[:, 7:9] + model.qpos0[7:9]
+        assert np.linalg.norm(place, axis=1).min() > 0.17
+        # Far from the hole left around the origin the rectangle is even: x of [-0.3, -0.17], y of all of [-0.2, 0.2].
+        far = place[place[:, 0] < -0.17]
+        assert stats.kstest(far[:, 0], uniform_on(-0.3, -0.17).cdf).pvalue > 1e-4
+        assert stats.kstest(far[:, 1], uniform_on(-0.2, 0.2).cdf).pvalue > 1e-4
+        # Its share of the area: 0.13 * 0.4 of the rectangle's 0.3 * 0.4 less half a disc of radius 0.17.
+        share = 0.13 * 0.4 / (0.3 * 0.4 - np.pi * 0.17**2 / 2)
+        assert abs(len(far) / len(place) - share) < 4 * np.sqrt(share * (1 - share) / len(place))
+        np.testing.assert_allclose(noise[:, :7], 0, atol=1e-7)
+        assert all(stats.kstest(noise[:, 11 + i], uniform(0.005).cdf).pvalue > 1e-4 / 7 for i in range(7))
+
+    @pytest.mark.parametrize("episode_length", [4, 10])
+    def test_an_episode_whose_time_is_up_is_followed_by_a_start(self, episode_length):
+        """Whether the limit is that of the option or of the parameters. The gently pushed pendulum does not fall."""
+        env = pgjax.make_env("mujoco/InvertedPendulum-v5", episode_length=episode_length)
+        params = env.default_params.replace(max_episode_steps=jnp.int32(4))
+        state, _ = env.reset(jax.random.split(jax.random.key(0), 3), params)
+        step = jax.jit(env.step)
+        for t in range(8):
+            state, timestep = step(jax.random.split(jax.random.key(t), 3), state, jnp.full((3, 1), 0.3), params)
+            np.testing.assert_array_equal(timestep.truncated, [t % 4 == 3] * 3)
+            assert not timestep.terminated.any()
+            # The push takes it out of the range of starts within a step.
+            assert (np.abs(timestep.final_obs[:, 2:]) > 0.01).any(1).all()
+            started = (np.abs(timestep.obs) <= 0.01).all(1)
+            np.testing.assert_array_equal(started, timestep.truncated)
 
 
 @pytest.fixture(scope="module")
@@ -208,6 +299,29 @@ class TestMjx:
         assert errors["qvel"].max() < 1e-4
         assert errors["reward"].max() == 0
         assert not errors["ends"].any()
+
+    @pytest.mark.parametrize("name", ["InvertedPendulum-v5", *(pytest.param(n, marks=pytest.mark.slow) for n in MORE_POOLS)])
+    def test_the_pool_has_the_distribution_of_exact_starts(self, name):
+        """The first pool and the one after ``refresh`` against C MuJoCo's starts, which are drawn for each episode.
+
+        Kolmogorov and Smirnov's test on each entry of state and observation; 0.001 shared by all of them.
+        """
+        num = 1000
+        env, exact = pgjax.make_env(f"mujoco/{name}", physics="mjx"), pgjax.make_env(f"mujoco/{name}")
+        state, first = jax.jit(env.reset)(jax.random.split(jax.random.key(0), num), env.default_params)
+        renewed = jax.jit(env.refresh)(jax.random.key(1), state, env.default_params)
+        jax.tree.map(np.testing.assert_array_equal, renewed.state, state.state)  # running episodes go on
+        starts, obs = exact.reset(jax.random.split(jax.random.key(2), 10 * num), exact.default_params)
+        starts = np.concatenate([*fidelity.positions(exact, np.asarray(starts.bits)), obs], 1)
+        fixed = starts.std(0) < 1e-6
+        values = []
+        for pooled in (state, renewed):
+            pool = np.concatenate([pooled.pool_state.qpos, pooled.pool_state.qvel, pooled.pool_obs], 1)
+            np.testing.assert_allclose(pool[:, fixed], np.broadcast_to(starts[0, fixed], pool[:, fixed].shape), atol=1e-6)
+            values += [stats.ks_2samp(a, b).pvalue for a, b in zip(pool.T[~fixed], starts.T[~fixed], strict=True)]
+        assert min(values) > 1e-3 / len(values)
+        # Every start is another one: none of the first pool is left, and neither pool has those of the running episodes.
+        assert len(np.unique(np.concatenate([first, state.pool_obs, renewed.pool_obs]), axis=0)) == 3 * num
 
     @pytest.mark.slow  # Six programs of a quarter of a minute each.
     def test_keeps_the_contract_and_physics_are_parameters(self):

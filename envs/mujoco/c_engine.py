@@ -238,11 +238,12 @@ class _Simulations:
         self.model = model
         self.frame_skip = task.frame_skip
         # Contact forces on bodies have to be asked for after a step, from MuJoCo's whole data: it must be kept then.
-        self._contact_forces = np.zeros((num, model.nbody, 6)) if "cfrc_ext" in task.reads else None
-        self.batch = Batch(model, num, min(num, num_threads), persistent=self._contact_forces is not None)
+        reads_forces = "cfrc_ext" in task.reads
+        self._contact_forces = np.zeros((num, model.nbody, 6)) if reads_forces else None
+        self._scratch = mujoco.MjData(model) if reads_forces else None
+        self.batch = Batch(model, num, min(num, num_threads), persistent=reads_forces)
         if self.batch.nstate != mujoco.mj_stateSize(model, _STATE):
             raise RuntimeError("MuJoCo's batch no longer keeps the integration state that pgjax carries")
-        self._scratch = mujoco.MjData(model)
         self._qpos, self._qvel, self._ctrl = (self.batch.bind(name) for name in ("qpos", "qvel", "ctrl"))
         self._fields = {name: self.batch.bind(name) for name in task.reads if name != "cfrc_ext"}
         self._bodies = {model.body(i).name: i for i in range(model.nbody)}

@@ -321,14 +321,13 @@ def humanoid(
     include_cfrc_ext_in_observation: bool = True,
 ) -> Task:
     """Two-legged humanoid; ends if its torso is too low or too high."""
-    observe, reads = _humanoid_observation(
-        version,
-        exclude_current_positions_from_observation,
-        include_cinert_in_observation,
-        include_cvel_in_observation,
-        include_qfrc_actuator_in_observation,
-        include_cfrc_ext_in_observation,
-    )
+    wanted = {
+        "cinert": include_cinert_in_observation,
+        "cvel": include_cvel_in_observation,
+        "qfrc_actuator": include_qfrc_actuator_in_observation,
+        "cfrc_ext": include_cfrc_ext_in_observation,
+    }
+    observe, reads = _humanoid_observation(version, exclude_current_positions_from_observation, wanted)
 
     def recall(p: Physics):
         """Horizontal position of the centre of mass."""
@@ -348,7 +347,7 @@ def humanoid(
             reward = reward - contact
         return Outcome(reward, terminated, metrics)
 
-    reads = ("xipos", *reads, *(["cfrc_ext"] if contact_cost_weight and "cfrc_ext" not in reads else []))
+    reads = ("xipos", *reads, "cfrc_ext") if contact_cost_weight else ("xipos", *reads)
     return Task("humanoid.xml", 5, reads, observe, recall, outcome, partial(_uniform, scale=reset_noise_scale))
 
 
@@ -371,14 +370,13 @@ def humanoid_standup(
 
     Gymnasium takes ``uph_cost_weight`` and does not use it; here it multiplies the height's reward.
     """
-    observe, reads = _humanoid_observation(
-        version,
-        exclude_current_positions_from_observation,
-        include_cinert_in_observation,
-        include_cvel_in_observation,
-        include_qfrc_actuator_in_observation,
-        include_cfrc_ext_in_observation,
-    )
+    wanted = {
+        "cinert": include_cinert_in_observation,
+        "cvel": include_cvel_in_observation,
+        "qfrc_actuator": include_qfrc_actuator_in_observation,
+        "cfrc_ext": include_cfrc_ext_in_observation,
+    }
+    observe, reads = _humanoid_observation(version, exclude_current_positions_from_observation, wanted)
 
     def recall(p: Physics):
         return p.qpos[..., :0]
@@ -391,25 +389,24 @@ def humanoid_standup(
         metrics = {"reward_linup": up, "reward_quadctrl": -cost, "reward_impact": -impact}
         return Outcome(up - cost - impact + 1, p.xp.zeros(up.shape, bool), metrics)
 
-    reads = (*reads, *(["cfrc_ext"] if "cfrc_ext" not in reads else []))
-    return Task("humanoidstandup.xml", 5, reads, observe, recall, outcome, partial(_uniform, scale=reset_noise_scale))
+    start = partial(_uniform, scale=reset_noise_scale)
+    return Task("humanoidstandup.xml", 5, (*reads, "cfrc_ext"), observe, recall, outcome, start)
 
 
-def _humanoid_observation(version, exclude_xy, cinert, cvel, qfrc_actuator, cfrc_ext) -> tuple[Callable, tuple[str, ...]]:
-    """``observe`` of the two humanoids, and the fields it reads."""
+def _humanoid_observation(version, exclude_xy: bool, wanted: dict[str, bool]) -> tuple[Callable, tuple[str, ...]]:
+    """``observe`` of the two humanoids, and the fields it reads: those that are ``wanted``, in their order."""
     # Version 5 leaves out what is always zero: the world's rows, and the actuator forces on the free joint.
     first_body, first_dof = (1, 6) if version >= 5 else (0, 0)
+    reads = tuple(field for field in wanted if wanted[field])
 
     def observe(p: Physics):
         parts = [p.qpos[..., 2 * exclude_xy :], p.qvel]
-        parts += [_rows(p.cinert, first_body)] * cinert
-        parts += [_rows(p.cvel, first_body)] * cvel
-        parts += [p.qfrc_actuator[..., first_dof:]] * qfrc_actuator
-        parts += [_rows(p.cfrc_ext, first_body)] * cfrc_ext
+        for field in reads:
+            value = getattr(p, field)
+            parts.append(value[..., first_dof:] if field == "qfrc_actuator" else _rows(value, first_body))
         return p.xp.concatenate(parts, -1)
 
-    wanted = {"cinert": cinert, "cvel": cvel, "qfrc_actuator": qfrc_actuator, "cfrc_ext": cfrc_ext}
-    return observe, tuple(field for field, included in wanted.items() if included)
+    return observe, reads
 
 
 def reacher(version: int, /, *, reward_dist_weight: float = 1.0, reward_control_weight: float = 1.0) -> Task:

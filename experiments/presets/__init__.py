@@ -3,7 +3,7 @@
 A file such as ``gymnax-CartPole-v1.toml`` has a table per algorithm, with ``total_env_steps``, ``setup``, ``hypers`` and
 ``env_options``; ``reached`` records what it was seen to reach, and by which command. A file for several environments has
 ``names`` in place of ``name``, and what differs for one of them in ``[differences."NAME".ALGORITHM]``. A table with ``same_as``
-is that of another preset for the same algorithm, with its own fields over it.
+is that of another preset for the same algorithm, which may itself be that of a third, with its own fields over it.
 """
 
 import tomllib
@@ -17,7 +17,10 @@ _FIELDS = ("total_env_steps", "setup", "hypers", "env_options", "reached", "abou
 
 
 def list_presets() -> dict[str, dict[str, Any]]:
-    """``{name: {algorithm: preset}}``; a preset for an environment is named like the environment."""
+    """``{name: {algorithm: preset}}``; a preset for an environment is named like the environment.
+
+    Raises: RequestError for a ``same_as`` that names no preset for the algorithm, or leads back to itself.
+    """
     presets = {}
     for path in sorted(_FOLDER.glob("*.toml")):
         with path.open("rb") as file:
@@ -25,11 +28,22 @@ def list_presets() -> dict[str, dict[str, Any]]:
         differences = content.pop("differences", {})
         for name in content.pop("names", None) or [content.pop("name")]:
             presets[name] = _merged(content, differences.get(name, {}))
-    for content in presets.values():
-        for algorithm, preset in content.items():
-            if "same_as" in preset:
-                content[algorithm] = _merged(presets[preset.pop("same_as")][algorithm], preset)
-    return presets
+    return {name: {algorithm: _resolved(presets, name, algorithm) for algorithm in presets[name]} for name in presets}
+
+
+def _resolved(presets: dict[str, dict[str, Any]], name: str, algorithm: str, followed: tuple[str, ...] = ()) -> dict[str, Any]:
+    """One table over all those that it is the same as. ``followed``: the names of those that lead to it."""
+    own = dict(presets[name][algorithm])
+    if "same_as" not in own:
+        return own
+    other, followed = own.pop("same_as"), (*followed, name)
+    where = f"preset {name!r} for {algorithm}: same_as = {other!r}"
+    if other in followed:
+        raise RequestError(f"{where} leads back to itself: {' -> '.join((*followed, other))}")
+    if algorithm not in presets.get(other, ()):
+        known = [name for name, content in presets.items() if algorithm in content and name not in followed]
+        raise RequestError(f"{where} is no preset for {algorithm}: {close_names(other, known)}")
+    return _merged(_resolved(presets, other, algorithm, followed), own)
 
 
 def _merged(common: dict[str, Any], own: dict[str, Any]) -> dict[str, Any]:
