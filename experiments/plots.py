@@ -15,12 +15,12 @@ from pgjax.metrics import reduction
 from pgjax.store import LoadedRun
 
 # Colour-blind safe (Okabe and Ito 2008, then Tol's muted scheme), dark enough on white.
-_COLORS = (
+COLORS = (
     *("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000"),
     *("#882255", "#999933", "#332288", "#888888", "#AA4466"),
 )
 # Neighbours in the order of curves differ in their dashes too.
-_DASHES = ("-", (0, (5, 1.5)), (0, (1.5, 1)), (0, (5, 1.2, 1.2, 1.2)))
+DASHES = ("-", (0, (5, 1.5)), (0, (1.5, 1)), (0, (5, 1.2, 1.2, 1.2)))
 # Opacity of bands; many over one another hide the lines.
 _CLEAR, _FAINT, _FEW = 0.18, 0.1, 5
 # Points of a curve of a noisy column: each is the mean over its part of the run.
@@ -65,12 +65,12 @@ def plot_runs(paths: Sequence[Path], out: Path | None = None, metrics: Sequence[
         curves = [curve for run in runs if run.config["env"] == env for curve in _curves(run)]
         crowded = len(curves) > _FEW
         for index, (label, lanes, episodes) in enumerate(curves):
-            style: dict[str, Any] = {"label": label, "color": _COLORS[index % len(_COLORS)]}
+            style: dict[str, Any] = {"label": label, "color": COLORS[index % len(COLORS)]}
             if crowded:
-                style.update(linestyle=_DASHES[index % len(_DASHES)], opacity=_FAINT)
-            _draw(axes[0][column], *_returns(lanes, episodes), **style)
+                style.update(linestyle=DASHES[index % len(DASHES)], opacity=_FAINT)
+            draw(axes[0][column], *_returns(lanes, episodes), **style)
             for row, name in enumerate(metrics, 1):
-                _draw(axes[row][column], *_by_seed(lanes, "env_steps", name), **style)
+                draw(axes[row][column], *_by_seed(lanes, "env_steps", name), **style)
         axes[0][column].set_ylabel("return")
         for row, name in enumerate(metrics, 1):
             axes[row][column].set_ylabel(name.replace("_", " "))
@@ -79,7 +79,7 @@ def plot_runs(paths: Sequence[Path], out: Path | None = None, metrics: Sequence[
         if not crowded:
             axes[0][column].legend(frameon=False, fontsize=8)
         for axis in axes[:, column]:
-            _over_env_steps(axis)
+            over_env_steps(axis)
     if crowded:
         _legend_below(figure, axes[0][-1])
     _save(figure, out)
@@ -102,19 +102,19 @@ def plot_comparison(runs: Sequence[LoadedRun], microseconds: Sequence[float], ti
     for index, (name, run) in enumerate(zip(names, runs, strict=True)):
         style: dict[str, Any] = {
             "label": name,
-            "color": _COLORS[index % len(_COLORS)],
-            "linestyle": _DASHES[index % len(_DASHES)],
+            "color": COLORS[index % len(COLORS)],
+            "linestyle": DASHES[index % len(DASHES)],
             "opacity": _CLEAR if len(runs) <= _FEW else _FAINT,
         }
         for _, rows, episodes in _curves(run):
-            _draw(returns, *_returns(rows, episodes), **style)
+            draw(returns, *_returns(rows, episodes), **style)
             env_steps, kl = _in_parts(*_by_seed(rows, "env_steps", "kl"))
-            _draw(divergence, env_steps, np.maximum(kl, _LEAST_KL), **style)
+            draw(divergence, env_steps, np.maximum(kl, _LEAST_KL), **style)
     returns.set(title="evaluation of the mode policy", ylabel="return (IQM over seeds, 95 % interval)")
     divergence.set(title="how far an update moves the policy", ylabel="KL(old || new) per update, nats")
     divergence.set_yscale("log")
     for axis in (returns, divergence):
-        _over_env_steps(axis)
+        over_env_steps(axis)
     _legend_below(figure, returns)
     figure.suptitle(title)
     _draw_bars(clock, names, microseconds)
@@ -123,7 +123,7 @@ def plot_comparison(runs: Sequence[LoadedRun], microseconds: Sequence[float], ti
 
 
 def _draw_bars(axis, names: Sequence[str], microseconds: Sequence[float]) -> None:
-    bars = axis.barh(names, microseconds, color=[_COLORS[index % len(_COLORS)] for index in range(len(names))])
+    bars = axis.barh(names, microseconds, color=[COLORS[index % len(COLORS)] for index in range(len(names))])
     axis.bar_label(bars, fmt="%#.3g", padding=3, fontsize=9)
     axis.invert_yaxis()
     axis.margins(x=0.18)
@@ -156,7 +156,8 @@ def _legend_below(figure, axis) -> None:
     figure.legend(handles, labels, loc="outside lower center", ncols=5, frameon=False, handlelength=2.6)
 
 
-def _over_env_steps(axis) -> None:
+def over_env_steps(axis) -> None:
+    """Names and dresses the axis along which environment steps grow."""
     axis.set_xlabel("environment steps")
     axis.grid(alpha=0.25)
     axis.spines[["top", "right"]].set_visible(False)
@@ -209,7 +210,8 @@ def _in_parts(x: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return x[[part[-1] for part in parts]], np.stack([y[:, part].mean(1) for part in parts], axis=1)
 
 
-def _draw(axis, x, y, label, color, linestyle="-", opacity=_CLEAR):
+def draw(axis, x, y, label, color, linestyle="-", opacity=_CLEAR):
+    """One curve: the interquartile mean over the seeds of ``y [S, P]`` at ``x [P]``, and its 95 % bootstrap interval."""
     known = ~np.isnan(y).any(0)
     x, y = x[known], y[:, known]
     if not x.size:

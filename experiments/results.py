@@ -23,8 +23,8 @@ class Result:
     """One configuration of an algorithm on one environment, over its seeds.
 
     path: folder of its run.  status: ``finished``, ``failed``, ``interrupted``, ``running``, ``pending`` or ``unreadable``.
-    note: why it failed.
-    config: as ``RunSpec.config()``, with this one entry in ``configs``.  provenance: of the run; empty if there is none yet.
+    note: why it failed.  config: as ``RunSpec.config()``, with this one entry in ``configs``.
+    provenance: of the run, with the ``eval_episodes`` that its evaluations had in the end; empty if there is none yet.
     seconds: spent compiling, training and so on by the program that trained it, perhaps with other configurations.
     seeds: [S], those that stayed finite; frozen: those that did not, and are in no number.
     env_steps: [E], of each evaluation.
@@ -95,14 +95,16 @@ def load_results(paths: Sequence[Path]) -> list[Result]:
 
 def _result(run: LoadedRun, config: int) -> Result:
     seeds = finite_seeds(run, config) if len(run.metrics) else []
-    frozen = [seed for lane, seed in (run.record or {}).get("nonfinite", ()) if lane == config]
+    record = run.record or {}
+    frozen = [seed for lane, seed in record.get("nonfinite", ()) if lane == config]
     env_steps, returns = _curves(run, config, seeds)
     return Result(
         path=str(run.path),
         # A lane that froze fails its run; configurations beside it did not fail.
         status="finished" if run.status == "failed" and not frozen and "error" not in run.facts else run.status,
         config={**run.config, "configs": [run.config["configs"][config]]},
-        provenance=run.provenance,
+        # Evaluations that took too long were cut down while it ran, which the configuration does not know.
+        provenance={**run.provenance, **({"eval_episodes": record["eval_episodes"]} if "eval_episodes" in record else {})},
         seconds=run.facts.get("seconds", {}),
         seeds=tuple(seeds),
         frozen=tuple(frozen),

@@ -562,6 +562,27 @@ def _plot(argv: list[str]) -> int:
     return 0
 
 
+@dataclasses.dataclass
+class ReportArgs:
+    """Write one page on many runs: curves, aggregates, tables, provenance and commands."""
+
+    runs: tuple[Path, ...]
+    """Folders of runs, or folders that contain runs at any depth, such as a comparison's or a sweep's."""
+    out: Path | None = None
+    """Folder to write report.html, figures/ and tables/ into; report in the first folder if not given."""
+
+
+def _report(argv: list[str]) -> int:
+    words, folders = list(argv), []
+    while argv and not argv[0].startswith("-"):
+        folders.append(argv.pop(0))
+    args = _parse(ReportArgs, [*(["--runs", *folders] if folders else []), *argv], "pgjax report")
+    from pgjax.experiments.report import report_runs
+
+    report_runs(args.runs, args.out, command=shlex.join(["pgjax", "report", *words]))
+    return 0
+
+
 def _list(argv: list[str]) -> int:
     what = argv[0] if argv else ""
     lists = {"envs": _list_envs, "algorithms": _list_algorithms, "presets": _list_presets}
@@ -647,6 +668,7 @@ COMMANDS: dict[str, tuple[Callable[[list[str]], int], str]] = {
     "sweep": (_sweep, "run, watch and report many configurations described in one file"),
     "eval": (_eval, "evaluate the saved policies of a run"),
     "plot": (_plot, "draw learning curves of runs"),
+    "report": (_report, "write one page on many runs, with figures, tables and commands"),
     "list": (_list, "list envs, algorithms or presets"),
     "doctor": (_doctor, "check the installation"),
     "bench": (_bench, "measure speed on this machine"),
