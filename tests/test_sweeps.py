@@ -144,12 +144,12 @@ def test_the_number_of_compilations_is_the_number_of_groups(tmp_path):
 
 def test_a_failed_cell_does_not_poison_the_rest(tmp_path, inline):
     """A learning rate that blows up freezes its own lanes; its neighbours in the program are what they are without it."""
-    rates, said = (1e-3, 1e38), []
-    file = write(tmp_path / "sweep.toml", algorithms=("ppo",), steps=32 * 12, rates=rates, more="[hypers]\nmax_grad_norm = inf\n")
+    rates, said = (1e-3, 3e38), []
+    file = write(tmp_path / "sweep.toml", algorithms=("ppo",), steps=32 * 60, rates=rates, more="[hypers]\nmax_grad_norm = inf\n")
     assert not run(file, tmp_path / "out", said.append)
     statuses = {s.cell.spec.configs[0]["learning_rate"]: s for s in _statuses(file, tmp_path / "out")}
-    assert statuses[1e-3].status == "finished" and statuses[1e38].status == "failed"
-    assert "seed 0 went non-finite" in statuses[1e38].note and "--retry failed" in said[-1]
+    assert statuses[1e-3].status == "finished" and statuses[3e38].status == "failed"
+    assert "seed 0 went non-finite" in statuses[3e38].note and "--retry failed" in said[-1]
     assert not run(file, tmp_path / "out"), "a failed cell stays failed"
     assert len(events(tmp_path / "out", "started")) == 1, "and is not run again unless asked"
     assert not run(file, tmp_path / "out", retry=("failed",))
@@ -273,7 +273,7 @@ def test_clocks_that_disagree_change_nothing(tmp_path, inline, monkeypatch):
 
 def test_ten_thousand_finished_cells(tmp_path):
     """Every cell has one small file that says it all; no table is opened."""
-    rates = list(np.geomspace(1e-5, 1e-1, 10_000))
+    rates = np.geomspace(1e-5, 1e-1, 10_000).tolist()
     file = write(tmp_path / "sweep.toml", algorithms=("ppo",), rates=rates)
     cells = cells_of(read_sweep(file).specs)
     assert len(cells) == 10_000
@@ -388,6 +388,11 @@ def wait_for(condition, seconds=120.0):
         time.sleep(0.05)
 
 
+def checkpoints_of(out):
+    """Complete checkpoints of groups: group's folder and step."""
+    return [(path.parent.parent, int(path.name)) for path in (out / "groups").glob("*/checkpoints/*") if path.name.isdigit()]
+
+
 def workers_of(out):
     """Processes that hold a group of the sweep."""
     found = set()
@@ -406,9 +411,11 @@ def alive(pid):
         return False
 
 
-def test_a_sweep_killed_at_random_ends_as_if_nothing_had_happened(tmp_path, inline):
+def test_a_sweep_killed_at_random_ends_as_if_nothing_had_happened(tmp_path):
     file = write(tmp_path / "sweep.toml", steps=32 * 400)
-    assert run(file, tmp_path / "whole")
+    whole = start(file, tmp_path / "whole")  # in a process too: lanes over as many devices are the same program
+    said, _ = whole.communicate(timeout=300)
+    assert whole.returncode == 0, said
     out = tmp_path / "out"
     random.seed(0)
     for _ in range(3):
@@ -424,13 +431,12 @@ def test_a_sweep_killed_at_random_ends_as_if_nothing_had_happened(tmp_path, inli
     assert process.returncode == 0, said
     assert contents(out) == contents(tmp_path / "whole")
     assert len(events(out, "started")) == 2, "no group is begun twice"
-    assert {line["cell"] for line in events(out, "cell")} <= {path.name for path in (out / "cells").iterdir()}
 
 
 def test_a_worker_that_dies_is_replaced(tmp_path):
     file, out = write(tmp_path / "sweep.toml", algorithms=("ppo",), steps=32 * 2000), tmp_path / "out"
     process = start(file, out)
-    wait_for(lambda: any((out / "groups").glob("*/checkpoints/*")) or process.poll() is not None)
+    wait_for(lambda: checkpoints_of(out) or process.poll() is not None)
     for pid in workers_of(out):
         os.kill(pid, signal.SIGKILL)
     said, _ = process.communicate(timeout=300)
@@ -456,9 +462,8 @@ def test_a_ray_worker_that_is_killed_costs_no_more_than_its_last_seconds(tmp_pat
     pytest.importorskip("ray")
     file, out = write(tmp_path / "sweep.toml", steps=32 * 6000), tmp_path / "out"
     process = start(file, out, "--engine", "ray", "--workers", "2")
-    wait_for(lambda: len(list((out / "groups").glob("*/checkpoints/*"))) >= 1 or process.poll() is not None, 240)
-    victim = next(iter((out / "groups").glob("*/checkpoints"))).parent
-    before = max(int(path.name) for path in (victim / "checkpoints").iterdir() if path.name.isdigit())
+    wait_for(lambda: checkpoints_of(out) or process.poll() is not None, 240)
+    victim, before = checkpoints_of(out)[0]
     os.kill(json.loads((victim / ".owner.json").read_text())["pid"], signal.SIGKILL)
     said, _ = process.communicate(timeout=400)
     assert process.returncode == 0, said
@@ -474,7 +479,7 @@ def test_submitit_runs_jobs_that_go_on_after_they_fail(tmp_path):
     file = write(tmp_path / "sweep.toml", algorithms=("ppo",), steps=32 * 2000, more="\n" + more)
     out = tmp_path / "out"
     process = start(file, out)
-    wait_for(lambda: any((out / "groups").glob("*/checkpoints/*")) or process.poll() is not None, 240)
+    wait_for(lambda: checkpoints_of(out) or process.poll() is not None, 240)
     for pid in workers_of(out):
         os.kill(pid, signal.SIGKILL)
     said, _ = process.communicate(timeout=400)

@@ -163,6 +163,8 @@ class Slurm:
         self._waiting: dict[Any, Task] = {}
         try:
             self._executor = submitit.AutoExecutor(folder=str(folder), cluster=cluster)
+            if cluster is None and self._executor.cluster != "slurm":
+                raise RuntimeError('there is no srun here; run this where SLURM is, or say cluster = "local" to try it out')
             self._executor.update_parameters(**{"name": "pgjax", "timeout_min": 24 * 60, **(parameters or {})})
         except (RuntimeError, ValueError, TypeError, NameError, AssertionError) as error:
             raise RequestError(f"engine slurm: {str(error).splitlines()[0]}") from None

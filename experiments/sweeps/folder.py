@@ -270,7 +270,7 @@ def progress(group: Path) -> float:
     with contextlib.suppress(OSError, ValueError, KeyError, TypeError, ZeroDivisionError, IndexError):
         with (group / "log.jsonl").open("rb") as file:
             file.seek(0, os.SEEK_END)
-            file.seek(max(0, file.tell() - 1 << 14))
+            file.seek(max(0, file.tell() - (1 << 14)))
             lines = file.read().splitlines()
         for line in reversed(lines):
             with contextlib.suppress(ValueError):
