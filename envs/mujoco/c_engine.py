@@ -240,7 +240,7 @@ class _Simulations:
         # Contact forces on bodies have to be asked for after a step, from MuJoCo's whole data: it must be kept then.
         reads_forces = "cfrc_ext" in task.reads
         self._contact_forces = np.zeros((num, model.nbody, 6)) if reads_forces else None
-        self._scratch = mujoco.MjData(model) if reads_forces else None
+        self._scratch: Any = mujoco.MjData(model) if reads_forces else None
         self.batch = Batch(model, num, min(num, num_threads), persistent=reads_forces)
         if self.batch.nstate != mujoco.mj_stateSize(model, _STATE):
             raise RuntimeError("MuJoCo's batch no longer keeps the integration state that pgjax carries")
