@@ -96,7 +96,8 @@ def load_results(paths: Sequence[Path]) -> list[Result]:
 def _result(run: LoadedRun, config: int) -> Result:
     seeds = finite_seeds(run, config) if len(run.metrics) else []
     record = run.record or {}
-    frozen = [seed for lane, seed in record.get("nonfinite", ()) if lane == config]
+    rows = run.metrics.seed[run.metrics.config == config] if len(run.metrics) else ()
+    frozen = sorted(set(map(int, rows)) - set(seeds))
     env_steps, returns = _curves(run, config, seeds)
     return Result(
         path=str(run.path),
