@@ -77,7 +77,7 @@ VERDICTS = {
     "unpaired_comparison, p <= 0.05": lambda x, y: unpaired_comparison(x, y, level=LEVEL).p_value <= LEVEL,
     "unpaired_comparison, interval without 0": _excludes_zero,
     "paired_comparison, p <= 0.05": lambda x, y: paired_comparison(x, y, level=LEVEL).p_value <= LEVEL,
-    "Welch's t test, p <= 0.05 (SciPy)": lambda x, y: stats.ttest_ind(x, y, equal_var=False).pvalue <= LEVEL,
+    "Welch's t test, p <= 0.05 (SciPy)": lambda x, y: np.asarray(stats.ttest_ind(x, y, equal_var=False))[1] <= LEVEL,
     "intervals of the IQM apart": _intervals_disjoint,
     "interval of the probability of improvement without 1/2": _chance_outside,
 }

@@ -74,7 +74,10 @@ def iqm(values: np.ndarray, axis: int | None = 0) -> np.ndarray:
     ``axis=None`` is over everything, which for scores [S, T] is rliable's IQM.
     Raises: RequestError for a value that is not finite, which would be cut off as if it were the best.
     """
-    return stats.trim_mean(_finite(values, "values"), 0.25, axis=axis)
+    values = _finite(values, "values")
+    if axis is None:
+        values, axis = values.ravel(), 0
+    return stats.trim_mean(values, 0.25, axis=axis)
 
 
 def iqm_interval(
@@ -323,7 +326,7 @@ def seeds_needed(x: np.ndarray, y: np.ndarray, power: float = 0.8, level: float 
         # Far out, and with many degrees of freedom, SciPy's noncentral t is NaN; there it is the normal.
         if not np.isfinite(reached):
             reached = stats.norm.sf(critical - noncentrality)
-        return reached >= power
+        return bool(reached >= power)
 
     if reaches(fewest):
         return fewest

@@ -468,8 +468,18 @@ def test_the_random_policy_measured_again_earns_what_is_stored(env):
     assert abs(again["random"] - entry.random) < 4 / 1.96 * math.hypot(*halves)
 
 
+class Roomy(Probe):
+    """A probe whose bound on the episode length is above its time limit."""
+
+    max_episode_steps = 12
+
+    def step(self, key, env_state, action, params):
+        return Probe(self.kind).step(key, env_state, action, params)
+
+
 def test_random_returns_are_of_one_full_episode_each():
     assert (reference_scores.random_returns(Probe("endless"), 300, batch=128) == np.full(300, 5)).all()
+    assert (reference_scores.random_returns(Roomy("endless"), 10, batch=4) == np.full(10, 5)).all()
     assert (reference_scores.random_returns(Probe("delayed"), 10, batch=4) == np.full(10, 1)).all()
     # Right and wrong equally often: 1 or -1.
     returns = reference_scores.random_returns(Probe("acting"), 1000)
