@@ -1,12 +1,14 @@
 """A/A test of the statistics: PPO against itself, which no test may call different more often than its level says.
 
-    python -m pgjax.experiments.aa_test [--env gymnax/CartPole-v1] [--seeds 2048] [--total-env-steps 20000] [--groups 5 8 16]
+    python -m pgjax.experiments.aa_test [--env gymnax/CartPole-v1] [--seeds 1024] [--total-env-steps 20000] [--groups 5 8 16]
+    python -m pgjax.experiments.aa_test --coverage      how often bootstrap intervals hold the true value, no training
 
 Trains PPO with the environment's preset on that many seeds, plays each final policy, and cuts the seeds into disjoint groups
 that are compared two and two. The budget is short on purpose: of policies that all earn the maximum nothing can be told.
 """
 
 import argparse
+import math
 import time
 from collections.abc import Sequence
 
@@ -32,6 +34,8 @@ LEVEL = 0.05
 _METHODS = 4
 # Lanes that are trained together.
 _BATCH = 128
+# Interquartile mean of the exponential distribution with mean 1: 2 [v - v ln v] from 1/4 to 3/4.
+EXPONENTIAL_IQM = 1 + 0.5 * math.log(0.25) - 1.5 * math.log(0.75)
 
 
 def final_returns(algorithm: Algorithm, total_env_steps: int, num_seeds: int, num_episodes: int) -> np.ndarray:
@@ -113,15 +117,40 @@ def share_different(
     }
 
 
+def coverage(num_seeds: int, num_tasks: int, expanded: bool, trials: int, num_resamples: int = 400) -> dict[str, int]:
+    """In how many of ``trials`` draws of exponential scores [num_seeds, num_tasks] the 95 % interval holds the true value."""
+    rng = np.random.default_rng(7)
+    held = {"iqm": 0, "mean": 0}
+    for _ in range(trials):
+        scores = rng.exponential(size=(num_seeds, num_tasks))
+        found = aggregates({"": scores}, num_resamples, expanded=expanded)[""]
+        for name, true in (("iqm", EXPONENTIAL_IQM), ("mean", 1.0)):
+            held[name] += found[name].low <= true <= found[name].high
+    return held
+
+
+def _say_coverage(trials: int = 1000) -> None:
+    print("| seeds | tasks | IQM | IQM, expanded | mean | mean, expanded |\n|---|---|---|---|---|---|")
+    for num_tasks in (1, 5):
+        for num_seeds in (3, 5, 8, 16, 32):
+            plain, expanded = (coverage(num_seeds, num_tasks, wide, trials) for wide in (False, True))
+            shares = [f"{100 * held[name] / trials:.1f} %" for name in plain for held in (plain, expanded)]
+            print(f"| {num_seeds} | {num_tasks} | " + " | ".join(shares) + " |", flush=True)
+
+
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--env", default="gymnax/CartPole-v1")
-    parser.add_argument("--seeds", type=int, default=2048)
+    parser.add_argument("--seeds", type=int, default=1024)
     parser.add_argument("--total-env-steps", type=int, default=20_000)
     parser.add_argument("--episodes", type=int, default=16, help="that each final policy plays")
     parser.add_argument("--groups", type=int, nargs="+", default=[5, 8, 16], help="seeds of either side")
     parser.add_argument("--splits", type=int, default=10, help="random ways to cut the seeds into groups")
+    parser.add_argument("--coverage", action="store_true", help="measure intervals on made-up scores instead")
     options = parser.parse_args(argv)
+    if options.coverage:
+        _say_coverage()
+        return
     preset = presets.find("auto", "ppo", options.env)
     env = pgjax.make_env(options.env, **preset.get("env_options", {}))
     algorithm = pgjax.make("ppo", env, hypers=preset.get("hypers", {}), **preset.get("setup", {}))

@@ -115,28 +115,17 @@ def test_methods_do_not_change_each_others_numbers():
     assert both["y"] == aggregates({"y": y[:5]})["y"] and both["x"] == aggregates({"x": x})["x"]
 
 
-def coverage(num_seeds, num_tasks, expanded, trials=300):
-    """How often the intervals of IQM and mean hold the true values of exponential scores."""
-    true_iqm = 2 * integrate.quad(lambda u: -math.log1p(-u), 0.25, 0.75)[0]
-    held = np.zeros(2)
-    rng = rng_of(7)
-    for _ in range(trials):
-        found = aggregates({"a": rng.exponential(size=(num_seeds, num_tasks))}, 400, expanded=expanded)["a"]
-        held += [found["iqm"].low <= true_iqm <= found["iqm"].high, found["mean"].low <= 1 <= found["mean"].high]
-    return held
-
-
 def test_intervals_hold_the_true_value_as_often_as_they_say():
-    iqm_held, mean_held = coverage(30, 4, expanded=False)
+    assert aa_test.EXPONENTIAL_IQM == pytest.approx(2 * integrate.quad(lambda u: -math.log1p(-u), 0.25, 0.75)[0])
     # 95 % within a point, for the bootstrap is an approximation, and the binomial spread of 300 trials.
-    for held in (iqm_held, mean_held):
+    for held in aa_test.coverage(30, 4, expanded=False, trials=300).values():
         assert at_least(300, 0.94) <= held <= at_most(300, 0.96)
 
 
 def test_with_few_seeds_only_the_expanded_interval_does():
-    plain, expanded = coverage(4, 3, expanded=False), coverage(4, 3, expanded=True)
-    assert plain[1] < at_least(300, 0.95), "docs/statistics.md warns of it"
-    assert expanded[0] >= at_least(300, 0.94) and expanded[1] >= at_least(300, 0.93)
+    plain, expanded = (aa_test.coverage(4, 3, wide, trials=300) for wide in (False, True))
+    assert plain["mean"] < at_least(300, 0.95), "docs/statistics.md warns of it"
+    assert expanded["iqm"] >= at_least(300, 0.94) and expanded["mean"] >= at_least(300, 0.93)
 
 
 def test_performance_profile_is_the_share_above():
