@@ -546,7 +546,7 @@ class TestCommand:
     @pytest.mark.parametrize(
         ("argv", "words"),
         [
-            (["report"], ["--runs"]),
+            (["report"], ["no run was named"]),
             (["report", "nowhere"], ["there is no folder nowhere"]),
             (["report", "{file}"], ["is a file"]),
             (["report", "{empty}"], ["there is no run in"]),

@@ -392,7 +392,7 @@ def _png(canvas: "Canvas") -> bytes:
 
 
 def _title(axis: "Axes", group: Group) -> None:
-    axis.set_title(_wrap(group.title, 70))
+    axis.set_title(_wrap(group.title, 56))
 
 
 def _wrap(text: str, width: int = _LABEL_WIDTH) -> str:
