@@ -141,7 +141,7 @@ def _section(
         for measure, title in _MEASURES.items():
             numbers.append([told, method.label, title, *table[method.label][measure], len(tasks), values.size])
     shown = {
-        f"{title} {_ARROWS.get(measure, '↑')}": {label: tuple(row[measure]) for label, row in table.items()}
+        f"{title} {_ARROWS.get(measure, '↑')}": {label: row[measure] for label, row in table.items()}
         for measure, title in _MEASURES.items()
     }
     suffix = f"-{told}" if told else ""
