@@ -120,7 +120,9 @@ def _curves(run: LoadedRun, config: int, seeds: Sequence[int]) -> tuple[np.ndarr
     if len(episodes):
         table = episodes.groupby(["policy", "seed", "env_steps"])["return"].mean().unstack("env_steps")
         return table.columns.to_numpy(np.int64), {
-            policy: table.loc[policy].reindex(list(seeds)).to_numpy(np.float64) for policy in POLICIES
+            policy: table.loc[policy].reindex(list(seeds)).to_numpy(np.float64)
+            for policy in POLICIES
+            if policy in table.index.get_level_values("policy")
         }
     rows = cast(pd.DataFrame, run.metrics[(run.metrics.config == config) & run.metrics.seed.isin(seeds)])
     if not len(rows):

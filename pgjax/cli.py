@@ -566,7 +566,7 @@ def _plot(argv: list[str]) -> int:
 class ReportArgs:
     """Write one page on many runs: curves, aggregates, tables, provenance and commands."""
 
-    runs: tuple[Path, ...]
+    runs: tuple[Path, ...] = ()
     """Folders of runs, or folders that contain runs at any depth, such as a comparison's or a sweep's."""
     out: Path | None = None
     """Folder to write report.html, figures/ and tables/ into; report in the first folder if not given."""

@@ -70,7 +70,8 @@ def aggregate(study: Study, styles: Styles) -> Aggregated:
             "Every two methods compared. Difference: mean of first less second, in normalised scores, or in returns where "
             "the environment has no reference scores; its 95 % interval and p-value are of a randomisation test: of sign flips "
             "where both ran on the same seeds (paired), else of permutations. p (Holm) is corrected for the number of pairs in "
-            "the same set. P(first > second): probability that a run of the first beats one of the second, with 95 % interval.",
+            "the same set. P(first > second): probability that a run of the first beats one of the second, with 95 % interval. "
+            "Where the best configuration of each algorithm was chosen from many, no p-value knows of the choice.",
             [
                 *(Column("over"), Column("first"), Column("second")),
                 *(Column(title, "number") for title in ("difference", "low", "high", "p", "p (Holm)")),
@@ -140,7 +141,7 @@ def _section(
         for measure, title in _MEASURES.items():
             numbers.append([told, method.label, title, *table[method.label][measure], len(tasks), values.size])
     shown = {
-        f"{title} {_ARROWS.get(measure, '↑')}": {label: tuple(row[measure]) for label, row in table.items()}
+        f"{title} {_ARROWS.get(measure, '↑')}": {label: row[measure] for label, row in table.items()}
         for measure, title in _MEASURES.items()
     }
     suffix = f"-{told}" if told else ""

@@ -4,7 +4,7 @@ import io
 import re
 import textwrap
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -23,7 +23,7 @@ _DPI = 130
 _HALF, _FULL = 5.6, 11.4
 _LABEL_WIDTH = 46
 # For matplotlib's rc_context, around whatever draws.
-STYLE = {"font.size": 9.5, "axes.titlesize": 10.5, "axes.titleweight": "bold", "legend.fontsize": 8.5}
+STYLE: dict[Any, Any] = {"font.size": 9.5, "axes.titlesize": 10.5, "axes.titleweight": "bold", "legend.fontsize": 8.5}
 # Values of a hyperparameter whose largest is this many times the smallest are shown on a logarithmic axis, if only two.
 _LOG_RATIO = 5
 # A panel with more configurations than this beside its lines would be a cloud.
@@ -265,7 +265,7 @@ def is_log_spaced(values: Sequence[float]) -> bool:
 def aggregate_figure(
     name: str,
     heading: str,
-    measures: dict[str, dict[str, tuple[float, float, float]]],
+    measures: Mapping[str, Mapping[str, tuple[float, float, float]]],
     methods: Sequence[Method],
     styles: Styles,
 ) -> Figure:
@@ -392,7 +392,7 @@ def _png(canvas: "Canvas") -> bytes:
 
 
 def _title(axis: "Axes", group: Group) -> None:
-    axis.set_title(_wrap(group.title, 70))
+    axis.set_title(_wrap(group.title, 56))
 
 
 def _wrap(text: str, width: int = _LABEL_WIDTH) -> str:

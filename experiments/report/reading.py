@@ -128,5 +128,7 @@ def _is_number(value: Any) -> bool:
 
 
 def _reason(error: BaseException) -> str:
-    text = getattr(error, "strerror", None) or " ".join(str(error).split()) or type(error).__name__
+    text = getattr(error, "strerror", None) or " ".join(str(error).split())
+    if not text or not isinstance(error, (RequestError, ValueError, OSError)):
+        text = f"{type(error).__name__}: {text}"
     return text if len(text) <= _LONGEST_REASON else text[: _LONGEST_REASON - 1] + "…"

@@ -75,7 +75,7 @@ class Entry:
 
     cells: the results behind it, several where seeds were run apart.  seeds [S], env_steps [E], returns [S, E].
     final: [S], at the last evaluation; seeds without a return there are in none of these.
-    iqm, low, high: interquartile mean of ``final`` over seeds, 95 % bootstrap interval.
+    iqm, low, high: interquartile mean of ``final`` over seeds, 95 % bootstrap interval.  mean, std (n - 1), min, max: of it.
     """
 
     group: Group
@@ -87,6 +87,10 @@ class Entry:
     iqm: float = np.nan
     low: float = np.nan
     high: float = np.nan
+    mean: float = np.nan
+    std: float = np.nan
+    min: float = np.nan
+    max: float = np.nan
 
     @property
     def final(self) -> np.ndarray:
@@ -365,10 +369,10 @@ def _add_intervals(entries: Sequence[Entry]) -> None:
         for start in range(0, len(alike), at_once):
             part = alike[start : start + at_once]
             finals = np.stack([entry.final for entry in part], axis=1)
-            middle = iqm(finals)
-            low, high = iqm_intervals(finals)
-            for index, entry in enumerate(part):
-                entry.iqm, entry.low, entry.high = float(middle[index]), float(low[index]), float(high[index])
+            spread = finals.std(0, ddof=1) if num_seeds > 1 else np.full(len(part), np.nan)
+            columns = iqm(finals), *iqm_intervals(finals), finals.mean(0), spread, finals.min(0), finals.max(0)
+            for entry, *numbers in zip(part, *(column.tolist() for column in columns), strict=True):
+                entry.iqm, entry.low, entry.high, entry.mean, entry.std, entry.min, entry.max = numbers
 
 
 def iqm_intervals(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -456,14 +460,13 @@ def _uneven(groups: dict[Group, list[Entry]], methods: Sequence[Method]) -> list
                 f"{group.title}: evaluations that took too long were cut down, so they are of {listed(sorted(episodes), ', ')} "
                 "episodes; fewer are noisier, not biased"
             )
-    missing = [
-        f"{method.label} on {group.title}"
-        for group, entries in groups.items()
-        for method in methods
-        if method.repeat == 1 and method not in {entry.method for entry in entries}
-    ]
+    wanted = [method for method in methods if method.repeat == 1]
+    missing = []
+    for group, entries in groups.items():
+        there = {entry.method for entry in entries}
+        missing += [f"{method.label} on {group.title}" for method in wanted if method not in there]
     if missing:
-        told.append(f"{len(missing)} missing of {len(groups) * len(methods)} pairs of method and group: {listed(missing)}")
+        told.append(f"{len(missing)} missing of {len(groups) * len(wanted)} pairs of method and group: {listed(missing)}")
     return told
 
 

@@ -10,8 +10,6 @@ from collections.abc import Sequence
 from pathlib import PurePath
 from typing import Any, NamedTuple
 
-import numpy as np
-
 from pgjax.experiments.report.study import Entry, Group, Study, is_complete, text_of
 from pgjax.experiments.results import command_of
 
@@ -55,7 +53,7 @@ def results_table(study: Study, groups: dict[Group, list[Entry]], name: str) -> 
     rows = []
     for group, entries in groups.items():
         for entry in entries:
-            settings, final = dict(entry.method.settings), entry.final
+            settings = dict(entry.method.settings)
             rows.append(
                 [
                     group.env,
@@ -63,9 +61,7 @@ def results_table(study: Study, groups: dict[Group, list[Entry]], name: str) -> 
                     entry.method.label,
                     entry.method.algorithm,
                     *(settings.get(field, "") for field in fields),
-                    *(entry.iqm, entry.low, entry.high, float(final.mean())),
-                    float(final.std(ddof=1)) if len(final) > 1 else math.nan,
-                    *(float(final.min()), float(final.max())),
+                    *(entry.iqm, entry.low, entry.high, entry.mean, entry.std, entry.min, entry.max),
                     *(len(entry.seeds), len(entry.frozen), int(entry.env_steps[-1])),
                     sum(cell.seconds.get("train", math.nan) for cell in entry.cells),
                     group.policy,
@@ -278,4 +274,4 @@ def _class(kind: str) -> str:
 
 
 def _absent(value: Any) -> bool:
-    return value is None or (isinstance(value, (float, np.floating)) and math.isnan(value))
+    return value is None or value != value  # NaN is the one number that is not itself
