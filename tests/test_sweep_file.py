@@ -128,7 +128,7 @@ def test_draws_are_spread_as_the_range_says(choices, inside, middle):
         (MINIMAL + '[engine]\nname = "cloud"', ["engine.name = 'cloud'", "local, ray, slurm"]),
         (MINIMAL + 'preset = "none"', ["not TOML"]),
         (MINIMAL.replace("none", "nothing"), ["preset 'nothing'"]),
-        ('algorithms = ["ppo", "trpo"]\nenvs = ["gymnax/CartPole-v1"]\n[grid]\nclip_eps = [0.1]', ["trpo", "algorithm.NAME.grid"]),
+        (MINIMAL.replace('"ppo"', '"ppo", "trpo"') + "[grid]\nclip_eps = [0.1]", ["trpo", "algorithm.NAME.grid"]),
     ],
 )
 def test_a_wrong_file_is_answered_with_the_field_and_the_remedy(tmp_path, text, words):

@@ -104,9 +104,8 @@ def test_every_cell_is_a_run_like_the_one_made_alone(tmp_path, inline):
     alone, here = pgjax.load(tmp_path / "alone"), pgjax.load(folder)
     assert here.config == alone.config and here.status == "finished"
     key = ["seed", "iteration"]
-    pd.testing.assert_frame_equal(
-        here.metrics.sort_values(key, ignore_index=True), alone.metrics.sort_values(key, ignore_index=True), rtol=1e-3, atol=1e-4
-    )
+    tables = [run.metrics.sort_values(key, ignore_index=True) for run in (here, alone)]
+    pd.testing.assert_frame_equal(*tables, rtol=1e-3, atol=1e-4)
     from pgjax.runner import policies_of
 
     _, lanes = policies_of(folder, algorithm)
@@ -130,7 +129,7 @@ def test_one_program_a_group_and_nothing_is_run_twice(tmp_path, inline):
     assert len(events(tmp_path / "out", "started")) == 3
     after = contents(tmp_path / "out")
     assert len(after) == 5 and all(after[name] == before[name] for name in before)
-    assert [len(start["text"]) > 0 for start in json.loads((tmp_path / "out" / "sweep.json").read_text())["starts"]] == [True] * 2
+    assert len(json.loads((tmp_path / "out" / "sweep.json").read_text())["starts"]) == 2
 
 
 def test_the_number_of_compilations_is_the_number_of_groups(tmp_path):
@@ -145,7 +144,7 @@ def test_the_number_of_compilations_is_the_number_of_groups(tmp_path):
 def test_a_failed_cell_does_not_poison_the_rest(tmp_path, inline):
     """A learning rate that blows up freezes its own lanes; its neighbours in the program are what they are without it."""
     rates, said = (1e-3, 3e38), []
-    file = write(tmp_path / "sweep.toml", algorithms=("ppo",), steps=32 * 12, rates=rates, more="[hypers]\nmax_grad_norm = inf\n")
+    file = write(tmp_path / "sweep.toml", algorithms=("ppo",), steps=32 * 12, rates=rates)
     assert not run(file, tmp_path / "out", said.append)
     statuses = {s.cell.spec.configs[0]["learning_rate"]: s for s in _statuses(file, tmp_path / "out")}
     assert statuses[1e-3].status == "finished" and statuses[3e38].status == "failed"
@@ -420,12 +419,12 @@ def test_a_sweep_killed_at_random_ends_as_if_nothing_had_happened(tmp_path):
     random.seed(0)
     for _ in range(3):
         process = start(file, out)
-        wait_for(lambda: workers_of(out) or process.poll() is not None)
+        wait_for(lambda process=process: workers_of(out) or process.poll() is not None)
         time.sleep(random.uniform(0, 4))
         process.kill()
         process.wait()
         orphans = workers_of(out)
-        wait_for(lambda: not any(map(alive, orphans)), 20)
+        wait_for(lambda orphans=orphans: not any(map(alive, orphans)), 20)
     process = start(file, out)
     said, _ = process.communicate(timeout=300)
     assert process.returncode == 0, said
