@@ -172,7 +172,7 @@ def _judge(study, generation, specs: Sequence[RunSpec], search: Search, folder: 
             if value is None:
                 asked.set_user_attr("failed", why)
                 tell(trial, state=states.FAIL)
-            else:
+            elif budget not in trial.intermediate_values:
                 asked.report(value, budget)
         ranked = sorted((trial for trial in alive if trial.number in values), key=lambda trial: -values[trial.number])
         if rung == search.rungs - 1:
