@@ -237,6 +237,7 @@ def _run_training(args: TrainArgs, spec, objective) -> int:
 
     lanes.use_host_devices()
     lanes.use_compilation_cache()
+    from pgjax import loggers
     from pgjax.display import Display
     from pgjax.runner import check_extension, describe_env, extend, run
     from pgjax.store import RunStore, read_run
@@ -244,7 +245,8 @@ def _run_training(args: TrainArgs, spec, objective) -> int:
     algorithm = spec.build(objective)
     spec.check(algorithm)
     out = args.out or Path("runs") / f"{spec.algorithm}-{spec.env.replace('/', '-')}"
-    listeners = [_logger(args.log_to, out, spec)] if args.log_to else []
+    if args.log_to:
+        loggers.require(args.log_to)
     provenance = describe_env(algorithm.env, spec)
     if args.extend is not None:
         check_extension(spec, algorithm, read_run(out).get("extensions", ()), args.extend)
@@ -261,12 +263,13 @@ def _run_training(args: TrainArgs, spec, objective) -> int:
         elif args.resume and store.status == "finished":
             print(f"{out} is finished already; nothing to do")
             return 0
-        with Display(spec, again) as display:
+        sending = loggers.follow(out, args.log_to) if args.log_to else contextlib.nullcontext()
+        with Display(spec, again) as display, sending as send:
 
             def report(event):
                 display(event)
-                for listener in listeners:
-                    listener(event)
+                if send is not None and event.kind == "saved":
+                    send()
 
             result = run(spec, store, report, algorithm=algorithm)
     # An interrupted run is not done either: what follows in a script must not take it for finished.
@@ -277,12 +280,6 @@ def _extension_line(extension: dict, spec) -> str:
     given = any("anneal_env_steps" in config for config in spec.configs)
     now = "stay at the hypers.anneal_env_steps that was given" if given else "run to the new total from here on"
     return f"extended at {extension['at']:,} env steps, from {extension['from']:,} to {extension['to']:,}: schedules {now}"
-
-
-def _logger(name: str, out: Path, spec) -> Callable:
-    from pgjax import loggers
-
-    return loggers.make(name, out, spec)
 
 
 def _peek(argv: list[str], flag: str) -> str | None:

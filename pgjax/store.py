@@ -496,10 +496,12 @@ def split_run(path: Path, parts: Mapping[Path, tuple[int, Collection[int]]], lik
                 "facts": {**run["facts"], "nonfinite": nonfinite},
             }
             write_file(aside / "run.json", (json.dumps(part, indent=1) + "\n").encode())
+            rows = {}
             for kind, table in tables.items():
-                rows = table[(table.config == config) & table.seed.isin(list(seeds))].assign(config=np.int32(0))
-                if len(rows):
-                    _write_parquet(aside / f"{kind}.parquet", _table(kind, {name: rows[name].to_numpy() for name in rows}))
+                rows[kind] = table[(table.config == config) & table.seed.isin(list(seeds))].assign(config=np.int32(0))
+                if len(rows[kind]):
+                    _write_parquet(aside / f"{kind}.parquet", _table(kind, {n: rows[kind][n].to_numpy() for n in rows[kind]}))
+            write_file(aside / "log.jsonl", _log_of(rows["metrics"], rows["evaluations"]).encode())
         picked = np.flatnonzero((lanes["config"] == config) & np.isin(lanes["seed"], list(seeds)))
         columns = {"config": [0] * len(picked), "seed": lanes["seed"][picked].tolist()}
         import jax
@@ -509,6 +511,29 @@ def split_run(path: Path, parts: Mapping[Path, tuple[int, Collection[int]]], lik
         with disk_errors(target):
             os.replace(aside, target)
             sync(target.parent)
+
+
+def _log_of(rows: "pandas.DataFrame", episodes: "pandas.DataFrame") -> str:
+    """What ``log.jsonl`` would say of these lanes."""
+    from pgjax.metrics import mean_over_lanes
+
+    entries = []
+    names = rows.columns.drop(["config", "seed", "iteration"])
+    iterations = sorted(rows.iteration.unique())
+    for number, iteration in enumerate(iterations, 1):
+        lanes = rows[rows.iteration == iteration]
+        means = mean_over_lanes({name: lanes[name].to_numpy() for name in names})
+        env_steps = int(means.pop("env_steps"))
+        values = {name: float(value) for name, value in means.items() if np.isfinite(value)}
+        progress = round(number / len(iterations), 6)
+        entries.append({"kind": "row", "env_steps": env_steps, "progress": progress, **values})
+    for env_steps, several in episodes.groupby("env_steps"):
+        values = several.groupby("policy")[["return", "length"]].mean().stack()
+        done = sum(entry["kind"] == "row" and entry["env_steps"] <= env_steps for entry in entries)
+        entry = {"kind": "evaluation", "env_steps": int(env_steps), "progress": round(done / max(1, len(iterations)), 6)}
+        entries.append(entry | {f"{policy}_{what}": float(value) for (policy, what), value in values.items()})
+    entries.sort(key=lambda entry: entry["env_steps"])
+    return "".join(json.dumps(to_json(entry)) + "\n" for entry in entries)
 
 
 def load_policies(path: str | os.PathLike[str], like: PyTree) -> tuple[PyTree, dict[str, np.ndarray]]:

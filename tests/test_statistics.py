@@ -509,19 +509,23 @@ def final_scores():
 
 
 def test_ppo_is_rarely_called_different_from_itself(final_scores):
-    """128 comparisons of 8 seeds against 8, no seed in two of them, so their number of false calls is binomial."""
+    """Five random ways to cut 2048 seeds into 128 comparisons of 8 against 8 that share no seed.
+
+    Given what the seeds earned, the cuts are independent, and in each every regrouping was as likely: so the false calls of
+    a permutation test are at most about binomial, though seeds come again.
+    """
     scores = final_scores[0]
     assert len(np.unique(scores)) > 2000, "of equal scores nothing could be called different"
     tests = [name for name in aa_test.VERDICTS if "comparison" in name]
     assert len(tests) == 3
-    called = aa_test.share_different(scores, group=8, num_splits=1, verdicts=tests)
+    called = aa_test.share_different(scores, group=8, num_splits=5, verdicts=tests)
     for name in tests:
         count, comparisons = called[name]
-        assert comparisons == 128 and at_least(128, 0.04) <= count <= at_most(128, 0.05), (name, count)
+        assert comparisons == 640 and at_least(640, 12 / 256) <= count <= at_most(640, 0.05), (name, count)
     count, comparisons = called["any of 6 pairs, p_adjusted <= 0.05 (Holm)"]
-    assert comparisons == 64 and count <= at_most(64, 0.05)
+    assert comparisons == 320 and count <= at_most(320, 0.05)
     # Without the correction about one table in five has a false claim.
-    assert called["any of 6 pairs, p <= 0.05, not corrected"][0] > at_most(64, 0.05)
+    assert called["any of 6 pairs, p <= 0.05, not corrected"][0] > at_most(320, 0.1)
 
 
 def test_another_learning_rate_is_called_different(final_scores):

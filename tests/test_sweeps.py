@@ -113,7 +113,12 @@ def test_every_cell_is_a_run_like_the_one_made_alone(tmp_path, inline):
     # What the report reads is what the run holds.
     (result,) = results_of(here)
     assert Result.parse((folder / "result.json").read_text()).dump() == result.dump()
-    assert (folder / "log.jsonl").exists() is False and result.final().shape == (2,)
+    assert result.final().shape == (2,)
+    # Lines of the log are those of a run of these lanes alone.
+    logs = [[json.loads(line) for line in (path / "log.jsonl").open()] for path in (folder, tmp_path / "alone")]
+    assert [list(entry) for entry in logs[0]] == [list(entry) for entry in logs[1]]
+    for here_, alone_ in zip(*logs, strict=True):
+        assert here_.pop("kind") == alone_.pop("kind") and here_ == pytest.approx(alone_, rel=1e-3, abs=1e-4)
 
 
 def test_one_program_a_group_and_nothing_is_run_twice(tmp_path, inline):
