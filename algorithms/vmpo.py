@@ -114,9 +114,7 @@ def make(env, setup: Setup = Setup(), hypers: Hypers = Hypers(), *, objective=No
     def update_duals(sample, hypers, duals):
         mask = top_mask(sample.advantage, hypers.top_fraction, sample.weight)
         gradient = {
-            "temperature": jax.grad(temperature_loss)(
-                duals["temperature"], sample.advantage, mask, hypers.temperature_eps
-            )
+            "temperature": jax.grad(temperature_loss)(duals["temperature"], sample.advantage, mask, hypers.temperature_eps)
         }
         for name, kl in kls_of(sample.dist_old, sample.dist).items():
             gradient[name] = getattr(hypers, name + "_eps") - masked_mean(kl, sample.weight)

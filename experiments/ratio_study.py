@@ -22,9 +22,7 @@ OBJECTIVES: dict[str, Callable] = {
     "SPO": lambda log_ratio, advantage: spo.spo_surrogate(log_ratio, advantage, 0.2),
     "DPO": dpo.dpo_surrogate,
 }
-SETUP = dict(
-    num_envs=8, num_steps=256, num_epochs=1, num_minibatches=4, learning_rate_schedule="constant", normalize_obs=True
-)
+SETUP = dict(num_envs=8, num_steps=256, num_epochs=1, num_minibatches=4, learning_rate_schedule="constant", normalize_obs=True)
 
 
 def trained_batch(env, key, *, warm_up: int = 5, **setup):

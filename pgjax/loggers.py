@@ -1,7 +1,7 @@
 """Optional loggers: what ``log.jsonl`` says of a run, shown in TensorBoard or Weights & Biases.
 
-Lines are sent once a checkpoint holds them, from where the last process left off. So nothing is sent that a kill could take back,
-and a resumed run goes on in the same curves.
+Lines are sent once a checkpoint holds them, from where the last process left off. So nothing is sent that a kill could take
+back, and a resumed run goes on in the same curves.
 """
 
 import contextlib
@@ -90,7 +90,13 @@ class _Wandb:
         wandb = require("wandb")
         try:
             self._run = wandb.init(
-                project="pgjax", dir=str(path), name=name, config=run["config"], id=identity, resume="allow", reinit="create_new"
+                project="pgjax",
+                dir=str(path),
+                name=name,
+                config=run["config"],
+                id=identity,
+                resume="allow",
+                reinit="create_new",
             )
         except wandb.errors.Error as error:
             why = str(error).splitlines()[0]

@@ -114,6 +114,4 @@ def _measure(evaluate, dist_old, dist, action, advantage, progress, tolerance) -
     index = int(jnp.argmin(f))
     ratio = jnp.exp(dist.log_prob(action) - dist_old.log_prob(action))[index]
     where = f"ratio {ratio:.3g}, advantage {advantage[index]:.3g}"
-    return DriftReport(
-        float(f.min()), float(jnp.abs(at_old).max()), float(jnp.abs(slopes).max()), where, finite, tolerance
-    )
+    return DriftReport(float(f.min()), float(jnp.abs(at_old).max()), float(jnp.abs(slopes).max()), where, finite, tolerance)

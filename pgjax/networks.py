@@ -156,9 +156,7 @@ def _draw_kernels(key: jax.Array, shapes: list[tuple[int, ...]], name: str) -> l
     fans = [(math.prod(shape[:-1]), shape[-1]) for shape in shapes]
     # A wide kernel has orthonormal rows, made as the columns of a tall one.
     tall = _orthonormal([x.reshape(max(fan), min(fan)) for x, fan in zip(pieces, fans, strict=True)])
-    return [
-        (q if fan[0] >= fan[1] else q.T).reshape(shape) for q, fan, shape in zip(tall, fans, shapes, strict=True)
-    ]
+    return [(q if fan[0] >= fan[1] else q.T).reshape(shape) for q, fan, shape in zip(tall, fans, shapes, strict=True)]
 
 
 def _choose(field: str, value: str, known) -> None:

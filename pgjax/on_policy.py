@@ -572,9 +572,7 @@ def _check_divides(name: str, value: int, setup: Setup, unrolls: bool) -> None:
     if parts % value:
         near = [n for n in range(1, parts + 1) if parts % n == 0]
         near = sorted(near, key=lambda n: abs(n - value))[:3]
-        raise RequestError(
-            f"setup.{name} = {value} does not divide {what} = {parts}; try {', '.join(map(str, sorted(near)))}"
-        )
+        raise RequestError(f"setup.{name} = {value} does not divide {what} = {parts}; try {', '.join(map(str, sorted(near)))}")
 
 
 def _env_params(env: Environment, env_params: PyTree) -> PyTree:

@@ -197,9 +197,7 @@ def test_every_preset_builds(name, algorithm):
     else:
         options = preset.get("env_options", {})
     setup = {key: tuple(value) if isinstance(value, list) else value for key, value in preset.get("setup", {}).items()}
-    spec = RunSpec(
-        algorithm, env, preset["total_env_steps"], env_options=options, setup=setup, configs=(preset["hypers"],)
-    )
+    spec = RunSpec(algorithm, env, preset["total_env_steps"], env_options=options, setup=setup, configs=(preset["hypers"],))
     spec.check(spec.build())
 
 

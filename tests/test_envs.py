@@ -244,9 +244,7 @@ class TestBraxAdapter:
         raw = BraxToy()
         before = raw.sys
         env = from_brax(raw, LIMIT)
-        jax.jit(lambda *args: rollout(env, *args))(
-            keys(0, 2), keys(1, 4, 2), no_actions(env, 4, 2), toy_params(env, ends_at=2)
-        )
+        jax.jit(lambda *args: rollout(env, *args))(keys(0, 2), keys(1, 4, 2), no_actions(env, 4, 2), toy_params(env, ends_at=2))
         assert raw.sys is before and not any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves(vars(raw)))
 
     def test_params_reach_a_wrapped_env(self):
@@ -611,9 +609,7 @@ def test_every_gymnax_environment_keeps_the_contract(name, mode):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("name", "backend"), [(e.name, b) for e in list_envs() if e.library == "brax" for b in e.backends]
-)
+@pytest.mark.parametrize(("name", "backend"), [(e.name, b) for e in list_envs() if e.library == "brax" for b in e.backends])
 def test_every_brax_task_runs_on_every_backend_listed(name, backend):
     env = make_env(name, backend=backend)
 

@@ -9,8 +9,6 @@ import pytest
 
 import pgjax
 from pgjax import cli, store
-from pgjax.experiments.sweeps.folder import SweepFolder
-from pgjax.experiments.sweeps.driver import Options, run_sweep
 
 TRAIN = ["train", "ppo", "--env", "gymnax/CartPole-v1", "--seeds", "2", "--total-env-steps", "2000", "--num-evals", "3"]
 TRAIN += ["--setup.num-envs", "4", "--setup.num-steps", "25", "--preset", "none", "--eval-episodes", "2"]

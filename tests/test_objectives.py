@@ -79,9 +79,7 @@ OBJECTIVES = {
     "trpo": lambda sample: trpo.trpo_surrogate(sample.log_ratio, sample.advantage),
     "mdpo": lambda sample: mdpo.mdpo_surrogate(sample.log_ratio, sample.advantage, sample.dist.kl(sample.dist_old), 0.5),
     "spo": lambda sample: spo.spo_surrogate(sample.log_ratio, sample.advantage, 0.2),
-    "fixpo": lambda sample: fixpo.fixpo_surrogate(
-        sample.log_ratio, sample.advantage, sample.dist_old.kl(sample.dist), 2.0
-    ),
+    "fixpo": lambda sample: fixpo.fixpo_surrogate(sample.log_ratio, sample.advantage, sample.dist_old.kl(sample.dist), 2.0),
     "dpo": lambda sample: dpo.dpo_surrogate(sample.log_ratio, sample.advantage),
     "vmpo": None,  # weighted maximum likelihood: its first step is not the policy gradient
 }

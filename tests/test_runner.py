@@ -197,9 +197,7 @@ def test_lanes_equal_single_runs_and_new_numbers_compile_nothing(tmp_path):
         return base.step(state, hypers)
 
     algorithm = base._replace(step=counted_step)
-    grid = tuple(
-        {"learning_rate": lr, "clip_eps": eps} for lr in (1e-4, 3e-4, 1e-3, 3e-3) for eps in (0.1, 0.2, 0.3, 0.4)
-    )
+    grid = tuple({"learning_rate": lr, "clip_eps": eps} for lr in (1e-4, 3e-4, 1e-3, 3e-3) for eps in (0.1, 0.2, 0.3, 0.4))
     spec = spec_of(configs=grid, seeds=(0, 1, 2, 3), total_env_steps=32 * 3, num_evals=0)
     run_in(tmp_path / "grid", spec, algorithm)
     traces_of_grid = traces

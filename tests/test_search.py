@@ -2,6 +2,7 @@
 
 import json
 import math
+from typing import ClassVar
 
 import numpy as np
 import pytest
@@ -40,8 +41,8 @@ def worth(config):
 class Formula:
     """An engine whose runs return ``worth``; ``stop_after`` groups it is interrupted."""
 
-    budgets: list = []
-    stop_after = None
+    budgets: ClassVar = []
+    stop_after: ClassVar = None
 
     def __init__(self, say=print, **options):
         pass
@@ -133,7 +134,7 @@ def test_a_search_that_was_stopped_goes_on_to_the_same_trials(tmp_path, formula,
 
 
 def test_later_trials_learn_from_earlier_ones(tmp_path, formula):
-    """Drawn at random, three trials in ten lie within 0.6 decades of the best rate; half of 40 by luck has probability 0.7 %."""
+    """Drawn at random, three trials in ten lie within 0.6 decades of the best; half of 40 by luck has probability 0.7 %."""
     near = {}
     for sampler in ("tpe", "random"):
         file = write(tmp_path / f"{sampler}.toml", f'trials = 50\npopulation = 10\nsampler = "{sampler}"')

@@ -190,9 +190,7 @@ def test_cells_that_are_there_are_not_planned_again(tmp_path):
     done = {cell.name for cell in before}
     assert done < {cell.name for cell in after}
     sweep = SweepFolder(tmp_path / "out")
-    statuses = [
-        folder_.CellStatus(cell, "finished" if cell.name in done else "pending") for cell in after
-    ]
+    statuses = [folder_.CellStatus(cell, "finished" if cell.name in done else "pending") for cell in after]
     groups = plan(sweep, statuses)
     lanes = sorted((config["learning_rate"], seed) for g in groups for config in g.spec.configs for seed in g.spec.seeds)
     assert lanes == [(1e-3, 2), (1e-3, 3), (1e-2, 2), (1e-2, 3), (1e-1, 0), (1e-1, 1), (1e-1, 2), (1e-1, 3)]

@@ -205,9 +205,7 @@ def runs():
         return jax.lax.scan(lambda state, _: algorithm.step(state, hypers), state, length=6)
 
     states, metrics = jax.jit(jax.vmap(run))(stacked)
-    return {
-        name: jax.tree.map(lambda x, i=i: x[i], (states, metrics)) for i, name in enumerate(changes)
-    }
+    return {name: jax.tree.map(lambda x, i=i: x[i], (states, metrics)) for i, name in enumerate(changes)}
 
 
 def test_the_kl_is_to_the_policy_that_acted(runs):

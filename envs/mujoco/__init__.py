@@ -88,4 +88,3 @@ def load_model(xml: str) -> Any:
     path = Path(spec.origin).parent / "envs" / "mujoco" / "assets" / xml
     with quiet_loading():
         return mujoco.MjModel.from_xml_path(str(path))
-

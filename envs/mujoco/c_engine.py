@@ -79,9 +79,7 @@ class CMujoco:
     host_callback = True
     reset_mode = "exact"
 
-    def __init__(
-        self, name: str, model: Any, task: Task, *, episode_length: int | None = None, num_threads: int | None = None
-    ):
+    def __init__(self, name: str, model: Any, task: Task, *, episode_length: int | None = None, num_threads: int | None = None):
         episode_length = task.max_episode_steps if episode_length is None else episode_length
         self.name = name
         self.model = model
@@ -120,9 +118,7 @@ class CMujoco:
         del params
         return self._starts(key.reshape(-1)).reshape(*key.shape, -1)
 
-    def step_presampled(
-        self, drawn: jax.Array, env_state: State, action: jax.Array, params: Params
-    ) -> tuple[State, TimeStep]:
+    def step_presampled(self, drawn: jax.Array, env_state: State, action: jax.Array, params: Params) -> tuple[State, TimeStep]:
         """``step`` with one row of what ``presample`` drew."""
         steps = env_state.steps + 1
         out_of_time = steps >= params.max_episode_steps

@@ -289,4 +289,3 @@ def write_whole(path: Path, text: str) -> None:
 def now() -> str:
     """The time, in UTC; for people to read, never compared with another clock's."""
     return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
-
