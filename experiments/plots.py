@@ -158,10 +158,12 @@ def _legend_below(figure, axis) -> None:
 
 def over_env_steps(axis) -> None:
     """Names and dresses the axis along which environment steps grow."""
+    from matplotlib.ticker import EngFormatter
+
     axis.set_xlabel("environment steps")
     axis.grid(alpha=0.25)
     axis.spines[["top", "right"]].set_visible(False)
-    axis.ticklabel_format(axis="x", style="sci", scilimits=(0, 0))
+    axis.xaxis.set_major_formatter(EngFormatter(sep=""))
 
 
 def _save(figure, out: Path) -> None:

@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure as Canvas
 
 MAX_CURVES = 10
+# As many are kept where some must be left out: of several algorithms, a few configurations each.
+_BEST_CURVES = 6
 _MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 _DPI = 130
 # Width of a figure that shares the page's width with another one, and of one that does not, in inches.
@@ -52,7 +54,7 @@ def select(study: Study, entries: Sequence[Entry]) -> Selection:
     algorithms = list(dict.fromkeys(method.algorithm for method in study.methods))
     if len(study.methods) <= MAX_CURVES or len(algorithms) == len(study.methods):
         return Selection(list(entries))
-    each = max(1, MAX_CURVES // len(algorithms))
+    each = max(1, _BEST_CURVES // len(algorithms))
     best = []
     for algorithm in algorithms:
         own = [entry for entry in entries if entry.method.algorithm == algorithm]

@@ -209,7 +209,7 @@ def to_csv(table: Table) -> str:
 
 
 def to_html(table: Table) -> str:
-    """The table with its caption and a field to filter by; the first ``PAGE_ROWS`` rows."""
+    """The table with its caption and a field to filter by; the first ``PAGE_ROWS`` rows. A single cell is caption enough."""
     shown = [index for index, column in enumerate(table.columns) if column.on_page]
     columns = [table.columns[index] for index in shown]
     heads = "".join(
@@ -226,9 +226,12 @@ def to_html(table: Table) -> str:
         else ""
     )
     rows = "\n".join(body)
+    caption = f'<p class="caption">{prose(table.caption)}{more} <span class="file">tables/{esc(table.name)}.csv</span></p>'
+    if len(table.rows) == len(columns) == 1:
+        return caption
     return f"""<div class="table" id="table-{esc(table.name)}">
-<p class="caption">{prose(table.caption)}{more} <span class="file">tables/{esc(table.name)}.csv</span></p>
-<p class="tools"><label>Filter <input type="search" placeholder="words that a row must contain"></label>
+{caption}
+<p class="tools"{"" if len(table.rows) > 1 else " hidden"}><label>Filter <input type="search" placeholder="words that a row must contain"></label>
 <output>{min(len(table.rows), PAGE_ROWS):,} rows</output></p>
 <div class="scroll" tabindex="0"><table>
 <thead><tr>{heads}</tr></thead>
