@@ -130,6 +130,7 @@ def policy_change(log_ratio: jax.Array, dist_old, dist) -> dict[str, jax.Array]:
 
     Args: log_ratio [N]; dist_old, dist with batch shape [N].
     Returns: ``kl`` and ``kl_max``, closed-form KL(old || new) in nats; ``ratio_min``, ``ratio_max``;
+    ``ratio_deviation``, the mean of |ratio - 1|;
     ``clip_fraction``, the share of samples with |ratio - 1| > 0.2, whatever range a method clips to;
     ``ess``, the effective sample size (Σ ratio)² / (N Σ ratio²) in (0, 1].
     """
@@ -142,6 +143,7 @@ def policy_change(log_ratio: jax.Array, dist_old, dist) -> dict[str, jax.Array]:
         "kl_max": kl.max(),
         "ratio_min": ratio.min(),
         "ratio_max": ratio.max(),
+        "ratio_deviation": jnp.abs(ratio - 1).mean(),
         "clip_fraction": (jnp.abs(ratio - 1) > 0.2).mean(),
         "ess": relative.sum() ** 2 / (relative.size * (relative**2).sum()),
     }

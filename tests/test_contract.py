@@ -35,7 +35,7 @@ NO_SUCH = {"trpo": ("num_epochs", "num_minibatches"), "mdpo": ("num_minibatches"
 PARTS = ("value_minibatches", "fixup_minibatches")
 TINY = dict(num_envs=4, num_steps=4, hidden_sizes=(4,), normalize_obs=True)
 COMMON_METRICS = """env_steps episodes episode_return episode_length loss_policy loss_value entropy kl kl_max ratio_min
-    ratio_max clip_fraction explained_variance grad_norm ess nonfinite""".split()
+    ratio_max ratio_deviation clip_fraction explained_variance grad_norm ess nonfinite""".split()
 
 
 @dataclasses.dataclass(frozen=True)

@@ -699,6 +699,7 @@ def test_reported_change_of_the_policy(loop):
             kl_max=kl.max(),
             ratio_min=ratio.min(),
             ratio_max=ratio.max(),
+            ratio_deviation=np.abs(ratio - 1).mean(),
             clip_fraction=(np.abs(ratio - 1) > 0.2).mean(),
             ess=ratio.sum() ** 2 / (ratio.size * (ratio**2).sum()),
             entropy=(log_std + 0.5 * np.log(2 * np.pi * np.e)).sum(-1).mean(),
