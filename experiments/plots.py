@@ -53,7 +53,7 @@ def plot_runs(paths: Sequence[Path], out: Path | None = None, metrics: Sequence[
     if out.suffix.lower() not in (".png", ".pdf", ".svg"):
         raise RequestError(f"--out {out} must end in .png, .pdf or .svg")
 
-    plt = _pyplot()
+    plt = pyplot()
     envs = list(dict.fromkeys(run.config["env"] for run in runs))
     rows = 1 + len(metrics)
     figure, axes = plt.subplots(
@@ -82,7 +82,7 @@ def plot_runs(paths: Sequence[Path], out: Path | None = None, metrics: Sequence[
             over_env_steps(axis)
     if crowded:
         _legend_below(figure, axes[0][-1])
-    _save(figure, out)
+    save(figure, out)
     return out
 
 
@@ -95,7 +95,7 @@ def plot_comparison(runs: Sequence[LoadedRun], microseconds: Sequence[float], ti
     Returns: the file.
     Raises: RequestError if it cannot be written.
     """
-    plt = _pyplot()
+    plt = pyplot()
     figure, axes = plt.subplots(1, 3, figsize=(14, 5.2), width_ratios=(1.45, 1.2, 0.85), layout="constrained", dpi=130)
     returns, divergence, clock = axes
     names = [run.config["algorithm"] for run in runs]
@@ -118,7 +118,7 @@ def plot_comparison(runs: Sequence[LoadedRun], microseconds: Sequence[float], ti
     _legend_below(figure, returns)
     figure.suptitle(title)
     _draw_bars(clock, names, microseconds)
-    _save(figure, out)
+    save(figure, out)
     return out
 
 
@@ -140,7 +140,8 @@ def finite_seeds(run: LoadedRun, config: int = 0) -> list[int]:
     return sorted(seed for seed, is_frozen in frozen.items() if not is_frozen)
 
 
-def _pyplot():
+def pyplot():
+    """matplotlib's pyplot, drawing into files."""
     import matplotlib
 
     matplotlib.use("Agg", force=False)
@@ -166,13 +167,13 @@ def over_env_steps(axis) -> None:
     axis.xaxis.set_major_formatter(EngFormatter(sep=""))
 
 
-def _save(figure, out: Path) -> None:
+def save(figure, out: Path) -> None:
     """Writes the figure and lets go of it."""
     try:
         figure.savefig(out)
     except OSError as error:
         raise RequestError(f"--out {out} cannot be written: {error.strerror}") from error
-    _pyplot().close(figure)
+    pyplot().close(figure)
 
 
 def _curves(run: LoadedRun) -> list[tuple[str, pd.DataFrame, pd.DataFrame]]:

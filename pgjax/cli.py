@@ -495,6 +495,55 @@ def _sweep(argv: list[str]) -> int:
     return 0 if driver.run_sweep(args.file, options, command=shlex.join(words)) else _EXIT_FAILED
 
 
+# --- reproduce
+
+
+@dataclasses.dataclass
+class ReproduceArgs:
+    """Run what a paper's numbers need and put ours beside them. pgjax list papers names the papers."""
+
+    paper: str | None = None
+    """Name of the paper, such as ppo."""
+    scale: Literal["smoke", "cpu", "full"] = "smoke"
+    """smoke proves the path in a minute or two, cpu is half an hour of two cores, full the paper's own budget."""
+    out: Path | None = None
+    """Folder of the runs and tables; runs/reproduce-PAPER-SCALE if not given."""
+    workers: int | None = None
+    """Processes side by side; 1 if not given, whose lanes use every core."""
+    engine: Literal["local", "ray", "slurm"] | None = None
+    """Where the runs go; processes of this machine if not given."""
+    retry: tuple[Literal["failed", "unreadable"], ...] = ()
+    """Kinds of cells to run again."""
+    record: bool = False
+    """Keep the results beside the published numbers, for --page."""
+    page: Path | None = None
+    """Write the page that says where we stand, from the results that were kept, and run nothing: docs/reproduction.md."""
+
+
+def _reproduce(argv: list[str]) -> int:
+    argv = [f"--paper={argv[0]}", *argv[1:]] if argv and not argv[0].startswith("-") else list(argv)
+    if argv and argv[-1] == "--page":
+        argv.append("docs/reproduction.md")
+    args = _parse(ReproduceArgs, argv, "pgjax reproduce")
+    if args.page is not None:
+        from pgjax.experiments.reproduce.page import write_page
+
+        write_page(args.page)
+        return 0
+    from pgjax import lanes
+
+    lanes.use_host_devices()
+    lanes.use_compilation_cache()
+    from pgjax.experiments.reproduce import list_papers, reproduce
+    from pgjax.experiments.sweeps.driver import Options
+
+    if args.paper is None:
+        raise RequestError(f"name a paper: {', '.join(list_papers())}")
+    out = args.out or Path("runs") / f"reproduce-{args.paper}-{args.scale}"
+    options = Options(out, args.engine, args.workers, None, args.retry)
+    return 0 if reproduce(args.paper, args.scale, options, record=args.record) else _EXIT_FAILED
+
+
 # --- eval, plot, list, doctor, bench
 
 
@@ -582,7 +631,7 @@ def _report(argv: list[str]) -> int:
 
 def _list(argv: list[str]) -> int:
     what = argv[0] if argv else ""
-    lists = {"envs": _list_envs, "algorithms": _list_algorithms, "presets": _list_presets}
+    lists = {"envs": _list_envs, "algorithms": _list_algorithms, "presets": _list_presets, "papers": _list_papers}
     if what in ("-h", "--help", ""):
         print(f"usage: pgjax list {{{','.join(lists)}}}")
         return 0 if what else _EXIT_WRONG_REQUEST
@@ -590,6 +639,16 @@ def _list(argv: list[str]) -> int:
         raise RequestError(f"list {what!r} is unknown; {close_names(what, lists)}")
     lists[what]()
     return 0
+
+
+def _list_papers() -> None:
+    from pgjax.experiments.reproduce.paper_file import list_papers, read_paper
+
+    for name in list_papers():
+        paper = read_paper(name)
+        numbers = sum(len(entry.values) for entry in paper.numbers)
+        runs = "" if paper.runs else ", no runs yet"
+        print(f"{name:18} {paper.title} ({paper.source}): {numbers} numbers, {len(paper.claims)} claims{runs}")
 
 
 def _list_envs() -> None:
@@ -663,10 +722,11 @@ COMMANDS: dict[str, tuple[Callable[[list[str]], int], str]] = {
     "train": (_train, "train an algorithm on an environment, for one or many seeds"),
     "compare": (_compare, "train several algorithms alike and compare them"),
     "sweep": (_sweep, "run, watch and report many configurations described in one file"),
+    "reproduce": (_reproduce, "put a paper's published numbers beside ours"),
     "eval": (_eval, "evaluate the saved policies of a run"),
     "plot": (_plot, "draw learning curves of runs"),
     "report": (_report, "write one page on many runs, with figures, tables and commands"),
-    "list": (_list, "list envs, algorithms or presets"),
+    "list": (_list, "list envs, algorithms, presets or papers"),
     "doctor": (_doctor, "check the installation"),
     "bench": (_bench, "measure speed on this machine"),
 }

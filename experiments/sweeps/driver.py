@@ -54,14 +54,24 @@ def run_sweep(file: Path, options: Options, *, command: str = "", say: Callable[
     Raises: RequestError for a wrong file or option, or if another driver owns the sweep.
     """
     sweep = read_sweep(file)
-    folder = SweepFolder(options.out)
     if sweep.search is not None:
         from pgjax.experiments.sweeps.search import run_search
 
-        return run_search(sweep, folder, options, command=command, say=say)
+        return run_search(sweep, SweepFolder(options.out), options, command=command, say=say)
+    again = f"pgjax sweep run {shlex.quote(str(file))} --out {shlex.quote(str(options.out))}"
+    return run_cells_of(sweep, options, command=command, again=again, say=say)
+
+
+def run_cells_of(
+    sweep: Sweep, options: Options, *, command: str = "", again: str = "", say: Callable[[str], None] = print
+) -> bool:
+    """Runs what is left of the configurations of a sweep. ``command`` is recorded, ``again`` told to who interrupts it.
+
+    Returns and raises as ``run_sweep``.
+    """
+    folder = SweepFolder(options.out)
     cells = cells_of(sweep.specs)
     check_specs([cell.spec for cell in cells])
-    again = f"pgjax sweep run {shlex.quote(str(file))} --out {shlex.quote(str(options.out))}"
     with folder.owned(), interruptible():
         folder.record_start(sweep.path, sweep.text, command)
         try:

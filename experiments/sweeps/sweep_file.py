@@ -23,6 +23,7 @@ import dataclasses
 import itertools
 import math
 import tomllib
+from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 from typing import Any, Literal, get_args, get_origin, get_type_hints
@@ -82,7 +83,7 @@ def read_sweep(path: Path) -> Sweep:
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise RequestError(f"{path} is not TOML: {error}") from None
     try:
-        return Sweep(path, text, tuple(_specs(content)), _search(content), _engine(content))
+        return Sweep(path, text, tuple(specs_of(content)), _search(content), _engine(content))
     except RequestError as error:
         raise RequestError(f"{path}: {error}") from None
 
@@ -113,7 +114,8 @@ def with_values(spec: RunSpec, values: dict[str, Any], where: str) -> RunSpec:
 # --- from the file to runs
 
 
-def _specs(content: dict[str, Any]):
+def specs_of(content: dict[str, Any]) -> Iterator[RunSpec]:
+    """The runs that a file's content asks for, one a configuration and block of seeds. Raises: RequestError."""
     _check_names(content, (*_TOP, *_VALUES, *_TABLES), "")
     names = _strings(content, "algorithms")
     envs = _strings(content, "envs")
