@@ -42,6 +42,8 @@ def reproduce(
     """
     content = read_paper(paper)
     sweep = content.sweep(scale)
+    if record and scale == "smoke":
+        raise RequestError("--record: smoke proves the path only; use --scale cpu or full")
     command = f"pgjax reproduce {paper} --scale {scale}"
     again = f"{command} --out {shlex.quote(str(options.out))}"
     say(f"{content.title} ({content.source}), scale {scale}")
@@ -49,8 +51,8 @@ def reproduce(
     results = measure(content, scale, SweepFolder(options.out))
     _write(content, scale, results, options.out, again, say)
     if record:
-        if scale == "smoke" or not done:
-            raise RequestError(f"--record: {'smoke proves the path only' if scale == 'smoke' else 'not every run is finished'}")
+        if not done:
+            raise RequestError("--record: not every run is finished; run the command again")
         RESULTS.mkdir(exist_ok=True)
         write_file(RESULTS / f"{paper}-{scale}.json", dump(results, command).encode())
         say(f"recorded in {RESULTS / f'{paper}-{scale}.json'}; pgjax reproduce --page writes the page anew")

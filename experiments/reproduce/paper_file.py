@@ -77,7 +77,7 @@ class Numbers:
 
 
 @dataclasses.dataclass(frozen=True)
-class Test:
+class ClaimTest:
     """A claim as a comparison of two of our runs, or of one with a number.
 
     left, right: ``RUN`` or ``RUN:ALGORITHM``, or for right a number.  metric: ``mode``, ``sample`` or ``training`` return, or a
@@ -98,7 +98,7 @@ class Claim:
     text: str
     source: str
     mark: str = ""
-    test: Test | None = None
+    test: ClaimTest | None = None
     note: str = ""
 
 
@@ -166,7 +166,7 @@ def read_paper(name: str) -> Paper:
 
 def _claim(entry: dict[str, Any]) -> Claim:
     test = entry.get("test")
-    return Claim(**{**entry, "test": Test(**test) if test else None})
+    return Claim(**{**entry, "test": ClaimTest(**test) if test else None})
 
 
 def _path(name: str) -> Path:

@@ -1,0 +1,239 @@
+"""Published numbers beside ours: which verdict is given, from which intervals, and that nothing is compared that is not alike."""
+
+import math
+
+import numpy as np
+import pytest
+from scipy import stats
+
+import pgjax
+from pgjax import cli
+from pgjax.experiments.reproduce import measured, paper_file, verdicts
+from pgjax.experiments.reproduce.measured import Measured, dump, load
+from pgjax.experiments.reproduce.paper_file import Claim, Numbers, Paper, ClaimTest, list_papers, read_paper
+from pgjax.experiments.results import Result
+
+ENV = "mujoco/Hopper-v5"
+FIELDS = dict(name="table", source="a paper", mark="verified", spread="none", metric="mode", algorithm="ppo", ours="mujoco/{task}-v5")
+
+
+def ours(final, run="main", algorithm="ppo", env=ENV, env_steps=(500_000, 1_000_000), columns=None):
+    """A result whose mode returns end in ``final`` [S] and are 0 before."""
+    final = np.asarray(final, np.float64)
+    curve = np.stack([np.zeros_like(final)] * (len(env_steps) - 1) + [final], axis=1)
+    config = {"algorithm": algorithm, "env": env, "seeds": list(range(len(final)))}
+    result = Result("", "finished", config, seeds=tuple(range(len(final))), env_steps=np.array(env_steps))
+    result.returns.update(mode=curve, sample=curve - 1, training=curve - 2)
+    return Measured(run, result, columns or {})
+
+
+def row(value, results, **fields):
+    numbers = Numbers(**{**FIELDS, "env_steps": 1_000_000, "values": {"Hopper-v2": value}, **fields})
+    (found,) = verdicts.number_rows(paper(numbers=(numbers,)), results)
+    return found
+
+
+def paper(numbers=(), claims=()):
+    return Paper("p", "A paper", "us", tuple(numbers), tuple(claims), {}, {}, (), ())
+
+
+def test_a_published_mean_without_spread_is_taken_for_exact():
+    scores = np.array([90.0, 100.0, 110.0])
+    half = stats.t.ppf(0.975, 2) * 10 / math.sqrt(3)  # 24.84
+    for published, verdict in ((100.0, "inside"), (100 + half - 0.01, "inside"), (100 + half + 0.01, "below"), (75.1, "above")):
+        found = row([published], [ours(scores)])
+        assert found.verdict == verdict and found.ours == 100 and found.seeds == 3
+        assert found.difference == pytest.approx(100 - published)
+        assert (found.low, found.high) == pytest.approx((100 - half, 100 + half))
+
+
+@pytest.mark.parametrize(
+    ("spread", "value", "seeds"),
+    [("std", [140.0, 20.0], 4), ("sem", [140.0, 10.0], 4), ("half band", [140.0, 20.0], 4)],
+)
+def test_the_difference_is_welchs(spread, value, seeds):
+    """Against SciPy's test on four published runs with that mean and spread."""
+    scores = np.array([90.0, 100.0, 110.0, 104.0, 96.0])
+    published = np.array([1.0, -1.0, 1.0, -1.0])
+    published = 140 + 20 * published / published.std(ddof=1)
+    test = stats.ttest_ind(scores, published, equal_var=False).confidence_interval(0.95)
+    found = row(value, [ours(scores)], spread=spread, seeds=seeds)
+    assert (found.difference_low, found.difference_high) == pytest.approx((test.low, test.high))
+    assert found.verdict == ("below" if test.high < 0 else "inside")
+
+
+def test_an_interval_that_was_published_counts():
+    scores = np.array([90.0, 100.0, 110.0])
+    error = math.hypot(10 / math.sqrt(3), 20 / 1.959964)
+    found = row([140.0, 120.0, 160.0], [ours(scores)], spread="ci95")
+    df = error**4 / ((10 / math.sqrt(3)) ** 4 / 2)
+    assert found.difference_high == pytest.approx(-40 + stats.t.ppf(0.975, df) * error, rel=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("fields", "verdict", "why"),
+    [
+        (dict(not_comparable="Brax v1 physics"), "not comparable", "Brax v1 physics"),
+        (dict(ours=""), "not comparable", "no environment of ours"),
+        (dict(metric="other", measured="success rate"), "not comparable", "success rate"),
+        (dict(env_steps=8_000_000), "not comparable", "ours has 1 M of 8 M"),
+        (dict(env_steps=700_000), "not comparable", "not evaluated at 0.7 M"),
+        (dict(algorithm="trpo"), "not run", ""),
+        (dict(variant="no clipping"), "not run", "no clipping"),
+        (dict(run="other"), "not run", ""),
+        (dict(ours="mujoco/{task}-v4"), "not run", ""),
+    ],
+)
+def test_what_is_not_alike_gets_no_verdict(fields, verdict, why):
+    found = row([100.0], [ours([90.0, 110.0])], **fields)
+    assert found.verdict == verdict and why in found.why and math.isnan(found.difference)
+
+
+def test_one_seed_gets_no_verdict_and_no_number_of_a_seed_without_episodes():
+    assert "one seed" in row([100.0], [ours([90.0])]).why
+    assert "no episode" in row([100.0], [ours([90.0, math.nan])]).why
+
+
+def test_the_right_return_is_taken_at_the_right_time():
+    curve = ours([10.0, 20.0, 30.0])
+    for metric, expected in (("mode", 20), ("sample", 19), ("training", 18)):
+        assert row([0.0], [curve], metric=metric).ours == expected
+    assert row([0.0], [curve], env_steps=500_000).ours == 0
+    assert row([0.0], [curve], env_steps=990_000).ours == 20, "budgets are rounded up to whole iterations"
+    best = ours([10.0, 20.0, 30.0], env_steps=(500_000, 1_000_000, 2_000_000))
+    best.result.returns["mode"][:, 0] = (60, 40, 50)
+    assert row([0.0], [best], metric="best").ours == 50, "the evaluation whose mean is best, not the best of each seed"
+
+
+def test_claims_compare_runs_or_a_number():
+    wide = ours([5.0, 5.2, 5.4], "ppo", columns={"ratio_deviation:max": np.array([0.5, 0.6, 0.7])})
+    near = ours([5.1, 5.3, 5.5], "spo", "spo", columns={"ratio_deviation:max": np.array([0.1, 0.12, 0.11])})
+
+    def verdict(**test):
+        claim = Claim("name", "text", "source", test=ClaimTest(**test))
+        return [each.verdict for each in verdicts.claim_rows(paper(claims=[claim]), [wide, near])]
+
+    ratio = "ratio_deviation:max"
+    assert verdict(left="spo", right="ppo", metric=ratio, expect="less") == ["holds"]
+    assert verdict(left="spo", right="ppo", metric=ratio, expect="greater") == ["contradicted"]
+    assert verdict(left="spo:spo", right=0.2, metric=ratio, expect="less") == ["holds"]
+    assert verdict(left="spo", right="ppo", metric="mode", expect="greater") == ["undecided"]
+    assert verdict(left="fixpo", right="ppo", metric="mode", expect="greater") == ["not run"]
+    assert verdicts.claim_rows(paper(claims=[Claim("a", "b", "c")]), [])[0].verdict == "not tested"
+
+
+def test_results_that_were_kept_come_back(tmp_path):
+    before = ours([1 / 3, 2e9, -5.0], columns={"kl:mean": np.array([0.1, math.nan, math.inf])})
+    (tmp_path / "kept.json").write_text(dump([before], "pgjax reproduce p --scale cpu"))
+    (after,), command = load(tmp_path / "kept.json")
+    assert command == "pgjax reproduce p --scale cpu" and after.run == "main"
+    np.testing.assert_allclose(after.scores("mode"), before.scores("mode"), rtol=1e-5)
+    np.testing.assert_array_equal(np.isfinite(after.columns["kl:mean"]), [True, False, False])
+
+
+def test_training_returns_weigh_episodes_and_keep_to_their_window(tmp_path):
+    import pandas as pd
+
+    rows = pd.DataFrame(
+        dict(
+            seed=[0, 0, 0, 0, 1],
+            env_steps=[890, 950, 1000, 1050, 1000],
+            episodes=[9.0, 1.0, 3.0, 5.0, 0.0],
+            episode_return=[7.0, 10.0, 20.0, 99.0, math.nan],
+        )
+    )
+    assert measured.training_returns(rows, 1000).to_dict() == {0: (10 + 3 * 20) / 4}
+
+
+def test_a_paper_from_the_command_line_twice(tmp_path, monkeypatch, capsys):
+    """A run at a small scale, its tables, and a second call that has nothing left to train."""
+    folder = tmp_path / "published"
+    folder.mkdir()
+    (folder / "mine.toml").write_text(
+        """
+title = "Mine"
+source = "us"
+[scale.smoke]
+total_env_steps = 800
+seeds = 2
+num_evals = 2
+eval_episodes = 2
+[run.main]
+algorithms = ["ppo"]
+envs = ["gymnax/CartPole-v1"]
+preset = "none"
+setup = { num_envs = 4, num_steps = 25 }
+[[numbers]]
+name = "table"
+algorithm = "ppo"
+source = "a paper"
+mark = "verified"
+env_steps = 800
+spread = "none"
+metric = "training"
+ours = "gymnax/{name}"
+values = { CartPole-v1 = [2000.0] }
+[[claims]]
+name = "kl"
+text = "An update stays within a nat."
+source = "a paper"
+test = { left = "main", right = 1.0, metric = "kl:max", expect = "less" }
+"""
+    )
+    monkeypatch.setattr(paper_file, "PUBLISHED", folder)
+    out = tmp_path / "out"
+    command = ["reproduce", "mine", "--out", str(out)]
+    assert cli._main(command) == 0
+    first = capsys.readouterr().out
+    assert "1 below" in first and "1 holds" in first
+    table = (out / "table.md").read_text()
+    assert "| table | CartPole-v1 | 800 | 2000 |" in table and "below" in table
+    (cell,) = (out / "cells").iterdir()
+    episodes = pgjax.load(cell).metrics
+    episodes = episodes[(episodes.env_steps > 720) & (episodes.episodes > 0)]
+    by_seed = episodes.groupby("seed")[["episode_return", "episodes"]].apply(
+        lambda rows: np.average(rows.episode_return, weights=rows.episodes)
+    )
+    (found,), _ = load(out / "results.json")
+    np.testing.assert_allclose(found.scores("training"), by_seed, rtol=1e-5)
+    assert "report" in {path.stem for path in out.glob("*.html")}
+    assert cli._main(command) == 0
+    assert "0 groups" not in capsys.readouterr().out and len(list((out / "cells").iterdir())) == 1
+
+
+@pytest.mark.parametrize(
+    ("argv", "words"),
+    [
+        (["reproduce"], ["name a paper", "trpo"]),
+        (["reproduce", "trop"], ["trop", "did you mean trpo"]),
+        (["reproduce", "trpo", "--scale", "cup"], ["--scale", "cup"]),
+        (["reproduce", "trpo", "--record", "--out", "{tmp}"], ["--record", "smoke"]),
+    ],
+)
+def test_a_wrong_request_is_answered_in_one_line(tmp_path, capsys, argv, words):
+    assert cli._main([word.replace("{tmp}", str(tmp_path)) for word in argv]) == 2
+    said = capsys.readouterr().err.strip()
+    assert said.count("\n") == 0 and all(word in said for word in words), said
+
+
+def test_every_file_can_be_read_and_its_runs_exist():
+    for name in list_papers():
+        paper_ = read_paper(name)
+        runs = set()
+        for scale in paper_.scales:
+            for run, specs in paper_.specs(scale).items():
+                runs |= {run, *(f"{run}:{spec.algorithm}" for spec in specs)}
+        for claim in paper_.claims:
+            sides = [side for side in (claim.test.left, claim.test.right) if isinstance(side, str)] if claim.test else []
+            assert set(sides) <= runs, (name, claim.name)
+            assert not claim.test or claim.test.expect in ("less", "greater")
+        assert {entry.run for entry in paper_.numbers} <= runs | {""}, name
+        assert {entry["numbers"] for entry in paper_.followups if "numbers" in entry} <= {entry.name for entry in paper_.numbers}
+
+
+def test_the_page_is_what_the_command_writes():
+    from pgjax.experiments.reproduce.page import pages
+
+    root = paper_file.PUBLISHED.resolve().parent.parent
+    for path, text in pages(root / "docs" / "reproduction.md").items():
+        assert path.read_text() == text, f"{path.name} is not what pgjax reproduce --page writes"
