@@ -1,0 +1,135 @@
+"""The published numbers: every file has the fields it should, and numbers typed a second time by hand agree."""
+
+import math
+import tomllib
+from pathlib import Path
+
+import pytest
+
+FOLDER = Path(__file__).parents[1] / "experiments" / "published"
+FILES = {path.stem: tomllib.loads(path.read_text()) for path in sorted(FOLDER.glob("*.toml"))}
+ENTRIES = [
+    pytest.param(entry, id=f"{stem}: {entry['name']}") for stem, data in FILES.items() for entry in data.get("numbers", [])
+]
+CLAIMS = [
+    pytest.param(claim, id=f"{stem}: {claim['name']}") for stem, data in FILES.items() for claim in data.get("claims", [])
+]
+
+MARKS = {"verified", "second-hand", "read off a figure", "not verified"}
+REQUIRED = {"name": str, "source": str, "mark": str, "spread": str, "metric": str, "values": dict}
+OPTIONAL = {
+    "algorithm": str,
+    "variant": str,
+    "mark_note": str,
+    "env_steps": int,
+    "seeds": int,
+    "measured": str,
+    "ours": str,
+    "not_comparable": str,
+    "remark": str,
+}
+
+SPOT_CHECKS = [
+    ("ppo", "paper, no clipping or penalty", "average of seven tasks", [-0.39]),
+    ("ppo", "paper, fixed KL 10", "average of seven tasks", [0.69]),
+    ("ppo", "CleanRL, 8 M steps", "HalfCheetah-v4", [2637.19, 1068.49]),
+    ("ppo", "CleanRL, 8 M steps", "HumanoidStandup-v4", [109325.87, 16161.71]),
+    ("ppo", "Tianshou, 3 M steps", "InvertedDoublePendulum-v2", [9231.3, 270.4]),
+    ("ppo", "Engstrom, PPO-M", "Humanoid-v2", [674, 656, 695]),
+    ("ppo", "Brax sweep, 500 M steps, median", "fetch", [13.2]),
+    ("trpo", "baselines trpo_mpi", "HalfCheetah-v2", [1289.7]),
+    ("trpo", "paper, Atari, vine", "Q*bert", [7732.5]),
+    ("trpo", "Tianshou NPG", "InvertedDoublePendulum-v2", [9243.2, 276.0]),
+    ("trpo", "PPO paper, TRPO", "Reacher-v1", [-115]),
+    ("reinforce", "Tianshou REINFORCE, 10 M steps", "Ant-v3", [1108.1, 323.1]),
+    ("reinforce", "Tianshou A2C, 3 M steps", "InvertedDoublePendulum-v2", [9351.3, 12.8]),
+    ("reinforce", "SB3 zoo A2C, MuJoCo", "Ant-v3", [-44, 63]),
+    ("guide", "REINFORCE, 1 M steps", "HalfCheetah-v4", [210]),
+    ("guide", "PPO, 8 M steps", "Humanoid-v4", [7420, 1000]),
+    ("guide", "V-MPO, 8 M steps", "Humanoid-v4", [850]),
+    ("mdpo", "on-policy loaded, MDPO", "Ant-v2", [5211, 43]),
+    ("mdpo", "off-policy minimal, SAC", "Ant-v2", [378, 33]),
+    ("spo", "PPO, 3 layers", "Ant-v4", [5270]),
+    ("spo", "SPO, 7 layers", "Walker2d-v4", [3070, 2030, 4180]),
+    ("spo", "Atari, SPO", "UpNDown", [65000]),
+    ("fixpo", "FixPO, 1 M steps", "HalfCheetah-v3", [2590]),
+    ("fixpo", "FixPO, 10 M steps", "Swimmer-v3", [115, 102, 123]),
+    ("fixpo", "KL Proj., 10 M steps", "Reacher-v2", [-9.1]),
+    ("fixpo", "fixup steps, C_beta 10, 3 M steps", "Walker2d-v3", [0.8]),
+    ("dpo", "learn-rl-algorithms, MinAtar", "Freeway", [61.84]),
+    ("props", "PPO, IQM, 1 M steps", "Swimmer-v4", [112, 105, 115]),
+    ("props", "PPO-Privileged, mean, 12 M steps", "Humanoid-v4", [5601, 79]),
+    ("props", "PROPS, IQM at 75 % of 6 M steps", "Humanoid-v4", [5245]),
+    ("props", "fixed random target, ratio, 16384 samples", "Humanoid-v4", [0.71]),
+    ("sac", "CleanRL", "HalfCheetah-v2", [9634.89, 1423.73]),
+    ("sac", "SB3 zoo, LunarLanderContinuous", "LunarLanderContinuous-v2", [260.4, 65.5]),
+]
+
+
+def test_the_files_are_there():
+    papers = "ppo trpo gae reinforce guide vmpo mdpo spo fixpo dpo props avg sac lpg temporally_aware"
+    assert set(FILES) == set(papers.split())
+
+
+@pytest.mark.parametrize("stem", FILES)
+def test_heads_and_names(stem):
+    data = FILES[stem]
+    assert set(data) <= {"title", "source", "not_available", "numbers", "claims", "run"}
+    assert data["title"] and data["source"]
+    assert data.get("numbers") or data.get("claims")
+    assert all(isinstance(line, str) and line for line in data.get("not_available", []))
+    for part in ("numbers", "claims"):
+        names = [item["name"] for item in data.get(part, [])]
+        assert len(names) == len(set(names))
+
+
+@pytest.mark.parametrize("entry", ENTRIES)
+def test_entries_have_known_fields(entry):
+    assert set(REQUIRED) <= set(entry)
+    for field, value in entry.items():
+        assert type(value) is {**REQUIRED, **OPTIONAL}[field], field
+        assert value or value == 0, field
+    assert entry["mark"] in MARKS
+    assert entry["spread"] in {"std", "sem", "ci95", "half band", "none"}
+    assert entry["metric"] in {"training", "sample", "mode", "best", "other"}
+    assert "measured" in entry or entry["metric"] != "other"
+    assert ("ours" in entry) != ("not_comparable" in entry)
+    assert entry.get("env_steps", 1) > 0 and entry.get("seeds", 1) > 0
+
+
+@pytest.mark.parametrize("entry", ENTRIES)
+def test_values_are_finite_and_ordered(entry):
+    values = entry["values"]
+    assert values
+    for numbers in values.values():
+        assert 1 <= len(numbers) <= 3
+        assert all(type(number) in (int, float) and math.isfinite(number) for number in numbers)
+        if len(numbers) == 2:
+            assert numbers[1] >= 0
+        if len(numbers) == 3:
+            value, low, high = numbers
+            assert low <= value <= high
+    assert (entry["spread"] == "none") == all(len(numbers) == 1 for numbers in values.values())
+
+
+@pytest.mark.parametrize("entry", [param for param in ENTRIES if "ours" in param.values[0]])
+def test_environments_of_ours_exist(entry):
+    from pgjax.envs import list_envs
+
+    known = {entry.name for entry in list_envs()}
+    for published in entry["values"]:
+        ours = entry["ours"].format(task=published.split("-v")[0], name=published)
+        assert ours in known, ours
+
+
+@pytest.mark.parametrize("claim", CLAIMS)
+def test_claims_have_known_fields(claim):
+    assert {"name", "text", "source", "mark"} <= set(claim) <= {"name", "text", "source", "mark", "mark_note"}
+    assert all(isinstance(value, str) and value for value in claim.values())
+    assert claim["mark"] in MARKS
+
+
+@pytest.mark.parametrize(("stem", "name", "task", "expected"), SPOT_CHECKS)
+def test_numbers_typed_a_second_time(stem, name, task, expected):
+    (entry,) = [entry for entry in FILES[stem]["numbers"] if entry["name"] == name]
+    assert entry["values"][task] == expected
