@@ -6,29 +6,12 @@ from pathlib import Path
 
 import pytest
 
+from pgjax.envs import list_envs
+from pgjax.experiments.reproduce.paper_file import read_paper
+
 FOLDER = Path(__file__).parents[1] / "experiments" / "published"
 FILES = {path.stem: tomllib.loads(path.read_text()) for path in sorted(FOLDER.glob("*.toml"))}
-ENTRIES = [
-    pytest.param(entry, id=f"{stem}: {entry['name']}") for stem, data in FILES.items() for entry in data.get("numbers", [])
-]
-CLAIMS = [
-    pytest.param(claim, id=f"{stem}: {claim['name']}") for stem, data in FILES.items() for claim in data.get("claims", [])
-]
-
 MARKS = {"verified", "second-hand", "read off a figure", "not verified"}
-REQUIRED = {"name": str, "source": str, "mark": str, "spread": str, "metric": str, "values": dict}
-OPTIONAL = {
-    "algorithm": str,
-    "variant": str,
-    "mark_note": str,
-    "env_steps": int,
-    "seeds": int,
-    "measured": str,
-    "ours": str,
-    "not_comparable": str,
-    "remark": str,
-}
-
 SPOT_CHECKS = [
     ("ppo", "paper, no clipping or penalty", "average of seven tasks", [-0.39]),
     ("ppo", "paper, fixed KL 10", "average of seven tasks", [0.69]),
@@ -73,63 +56,33 @@ def test_the_files_are_there():
 
 @pytest.mark.parametrize("stem", FILES)
 def test_heads_and_names(stem):
-    data = FILES[stem]
-    assert set(data) <= {"title", "source", "not_available", "numbers", "claims", "run"}
-    assert data["title"] and data["source"]
-    assert data.get("numbers") or data.get("claims")
-    assert all(isinstance(line, str) and line for line in data.get("not_available", []))
-    for part in ("numbers", "claims"):
-        names = [item["name"] for item in data.get(part, [])]
+    paper = read_paper(stem)
+    assert paper.title and paper.source and (paper.numbers or paper.claims)
+    for part in (paper.numbers, paper.claims):
+        names = [item.name for item in part]
         assert len(names) == len(set(names))
+    assert all(claim.text and claim.source and claim.mark in MARKS for claim in paper.claims)
 
 
-@pytest.mark.parametrize("entry", ENTRIES)
-def test_entries_have_known_fields(entry):
-    assert set(REQUIRED) <= set(entry)
-    for field, value in entry.items():
-        assert type(value) is {**REQUIRED, **OPTIONAL}[field], field
-        assert value or value == 0, field
-    assert entry["mark"] in MARKS
-    assert entry["spread"] in {"std", "sem", "ci95", "half band", "none"}
-    assert entry["metric"] in {"training", "sample", "mode", "best", "other"}
-    assert "measured" in entry or entry["metric"] != "other"
-    assert ("ours" in entry) != ("not_comparable" in entry)
-    assert entry.get("env_steps", 1) > 0 and entry.get("seeds", 1) > 0
-
-
-@pytest.mark.parametrize("entry", ENTRIES)
-def test_values_are_finite_and_ordered(entry):
-    values = entry["values"]
-    assert values
-    for numbers in values.values():
-        assert 1 <= len(numbers) <= 3
-        assert all(type(number) in (int, float) and math.isfinite(number) for number in numbers)
-        if len(numbers) == 2:
-            assert numbers[1] >= 0
-        if len(numbers) == 3:
-            value, low, high = numbers
-            assert low <= value <= high
-    assert (entry["spread"] == "none") == all(len(numbers) == 1 for numbers in values.values())
-
-
-@pytest.mark.parametrize("entry", [param for param in ENTRIES if "ours" in param.values[0]])
-def test_environments_of_ours_exist(entry):
-    from pgjax.envs import list_envs
-
+@pytest.mark.parametrize("stem", FILES)
+def test_numbers_are_what_their_fields_say(stem):
     known = {entry.name for entry in list_envs()}
-    for published in entry["values"]:
-        ours = entry["ours"].format(task=published.split("-v")[0], name=published)
-        assert ours in known, ours
+    for entry in read_paper(stem).numbers:
+        assert entry.mark in MARKS, entry.name
+        assert entry.spread in {"std", "sem", "ci95", "half band", "none"}, entry.name
+        assert entry.metric in {"training", "sample", "mode", "best", "other"}, entry.name
+        assert entry.measured or entry.metric != "other", entry.name
+        assert bool(entry.ours) != bool(entry.not_comparable), entry.name
+        assert entry.env_steps >= 0 and entry.seeds >= 0 and entry.values, entry.name
+        for env, numbers in entry.values.items():
+            assert all(type(number) in (int, float) and math.isfinite(number) for number in numbers), entry.name
+            low, high = numbers[1:] if len(numbers) == 3 else (numbers[0], numbers[0])
+            assert low <= numbers[0] <= high and (len(numbers) != 2 or numbers[1] >= 0), (entry.name, env)
+            assert not entry.ours or entry.env_of(env) in known, (entry.name, env)
+        assert (entry.spread == "none") == all(len(numbers) == 1 for numbers in entry.values.values()), entry.name
 
 
-@pytest.mark.parametrize("claim", CLAIMS)
-def test_claims_have_known_fields(claim):
-    assert {"name", "text", "source", "mark"} <= set(claim) <= {"name", "text", "source", "mark", "mark_note"}
-    assert all(isinstance(value, str) and value for value in claim.values())
-    assert claim["mark"] in MARKS
-
-
-@pytest.mark.parametrize(("stem", "name", "task", "expected"), SPOT_CHECKS)
-def test_numbers_typed_a_second_time(stem, name, task, expected):
-    (entry,) = [entry for entry in FILES[stem]["numbers"] if entry["name"] == name]
-    assert entry["values"][task] == expected
+def test_numbers_typed_a_second_time():
+    for stem, name, task, expected in SPOT_CHECKS:
+        (entry,) = [entry for entry in FILES[stem]["numbers"] if entry["name"] == name]
+        assert entry["values"][task] == expected, (stem, name, task)

@@ -231,7 +231,8 @@ def to_html(table: Table) -> str:
         return caption
     return f"""<div class="table" id="table-{esc(table.name)}">
 {caption}
-<p class="tools"{"" if len(table.rows) > 1 else " hidden"}><label>Filter <input type="search" placeholder="words that a row must contain"></label>
+<p class="tools"{"" if len(table.rows) > 1 else " hidden"}><label>Filter
+<input type="search" placeholder="words that a row must contain"></label>
 <output>{min(len(table.rows), PAGE_ROWS):,} rows</output></p>
 <div class="scroll" tabindex="0"><table>
 <thead><tr>{heads}</tr></thead>

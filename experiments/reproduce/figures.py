@@ -33,7 +33,9 @@ def draw_paper(paper: Paper, results: Sequence[Measured], out: Path) -> bool:
     metric = max(set(metrics), key=metrics.count)
     columns = min(3, len(envs))
     rows = -(-len(envs) // columns)
-    figure, axes = pyplot().subplots(rows, columns, figsize=(4.2 * columns, 3.3 * rows + 0.9), squeeze=False, layout="constrained")
+    figure, axes = pyplot().subplots(
+        rows, columns, figsize=(4.2 * columns, 3.3 * rows + 0.9), squeeze=False, layout="constrained"
+    )
     handles: dict[str, object] = {}
     for axis, env in zip(axes.flat, envs, strict=False):
         for index, each in enumerate(result for result in results if result.env == env):
@@ -67,7 +69,9 @@ def _curve(axis, each: Measured, metric: str, index: int):
 
 
 def _point(axis, numbers: Numbers, value: list[float], index: int):
-    low, high = (value[1:] if len(value) == 3 else (value[0] - value[1], value[0] + value[1])) if len(value) > 1 else [value[0]] * 2
+    low, high = (
+        (value[1:] if len(value) == 3 else (value[0] - value[1], value[0] + value[1])) if len(value) > 1 else [value[0]] * 2
+    )
     # Neighbours stand a little apart, or one would hide the other.
     x = numbers.env_steps * (1 + 0.012 * (index % 5))
     bars = [[value[0] - low], [high - value[0]]]

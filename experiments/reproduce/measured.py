@@ -44,24 +44,30 @@ class Measured:
     def scores(self, metric: str, env_steps: int | None = None) -> np.ndarray:
         """Scores [S]: returns at the evaluation nearest to ``env_steps`` (None: the last), or a column over the whole run.
 
-        ``best`` is the mode policy's return at the evaluation up to there whose mean over seeds is highest.
+        ``best`` is the mode policy's return at the evaluation up to there whose mean over seeds is highest; ``area`` is
+        its mean over all evaluations.
         Raises: RequestError saying in a few words why there are none.
         """
         if ":" in metric:
             if metric not in self.columns:
                 raise RequestError(f"the run has no metric {metric}")
             return self.columns[metric]
-        returns = self.result.returns.get("mode" if metric == "best" else metric)
+        returns = self.result.returns.get("mode" if metric in ("best", "area") else metric)
         if returns is None or not returns.size:
             raise RequestError(f"the run has no {metric} returns")
+        if metric == "area":
+            return returns.mean(axis=1)
         at = np.asarray(self.result.env_steps)
         index = len(at) - 1
         if env_steps:
             # A budget is rounded up to whole iterations, and evaluations come at their ends.
             near = np.flatnonzero(np.abs(at - env_steps) <= 0.05 * env_steps)
             if not len(near):
-                raise RequestError(f"ours has {_steps(at[-1])} of {_steps(env_steps)} environment steps" if at[-1] < env_steps
-                                   else f"ours was not evaluated at {_steps(env_steps)} environment steps")
+                raise RequestError(
+                    f"ours has {_steps(at[-1])} of {_steps(env_steps)} environment steps"
+                    if at[-1] < env_steps
+                    else f"ours was not evaluated at {_steps(env_steps)} environment steps"
+                )
             index = near[np.argmin(np.abs(at[near] - env_steps))]
         if metric == "best":
             index = int(np.argmax(np.nanmean(returns[:, : index + 1], axis=0)))

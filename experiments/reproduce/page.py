@@ -23,11 +23,12 @@ _PREFACE = """# Where we stand
 What the papers of this family published, and what this code gets: made by `pgjax reproduce --page` from
 [the published numbers](../experiments/published) and the results that were kept beside them.
 
-A number is **inside** if the 95 % interval of the difference between our mean over seeds and the published one holds 0 (Welch's, with the
-published spread where there is one; where there is none the published mean is taken for exact, which is hard on us), else **above** or **below**.
-It is **not run** if no kept result stands beside it yet, and **not comparable** where the environment, the measure or the budget is another.
-A **claim** that was made in words or by a figure holds, is contradicted, or stays undecided, by the 95 % interval of a difference. With
-so many comparisons one in twenty is outside by chance. Budgets here are those of 2 CPU cores where nothing else is said."""
+A number is **inside** if the 95 % interval of the difference between our mean over seeds and the published one holds 0
+(Welch's, with the published spread where there is one; where there is none the published mean is taken for exact, which is
+hard on us), else **above** or **below**. It is **not run** if no kept result stands beside it yet, and **not comparable**
+where the environment, the measure or the budget is another. A **claim** that was made in words or by a figure holds, is
+contradicted, or stays undecided, by the 95 % interval of a difference. With so many comparisons one in twenty is outside by
+chance. Budgets are those of 2 CPU cores where nothing else is said."""
 
 
 def write_page(out: Path, say: Callable[[str], None] = print) -> None:
@@ -89,7 +90,12 @@ def _paper_page(paper: Paper, results: list[Measured], scale: str, command: str)
     if claims:
         parts += [f"## Claims: {count(claims, CLAIM_VERDICTS)}", claim_table(claims)]
     if numbers:
-        parts += [f"## Numbers: {count(numbers, NUMBER_VERDICTS)}", number_table(numbers), "## Where they are from", _sources(paper)]
+        parts += [
+            f"## Numbers: {count(numbers, NUMBER_VERDICTS)}",
+            number_table(numbers),
+            "## Where they are from",
+            _sources(paper),
+        ]
     if paper.not_available:
         parts += ["## Published, but not to be had as numbers", "\n".join(f"* {text}" for text in paper.not_available)]
     return "\n\n".join(parts) + "\n"
@@ -100,5 +106,15 @@ def _sources(paper: Paper) -> str:
     for numbers in paper.numbers:
         mark = numbers.mark + (f" ({numbers.mark_note})" if numbers.mark_note else "")
         spread = {"none": ""}.get(numbers.spread, numbers.spread)
-        rows.append((numbers.name, numbers.source, mark, f"{numbers.seeds or ''}", spread, numbers.measured or numbers.metric, numbers.remark))
+        rows.append(
+            (
+                numbers.name,
+                numbers.source,
+                mark,
+                f"{numbers.seeds or ''}",
+                spread,
+                numbers.measured or numbers.metric,
+                numbers.remark,
+            )
+        )
     return markdown_table(("name", "source", "mark", "seeds", "±", "measured", "remark"), rows)

@@ -1,36 +1,37 @@
 """A paper's file: what it published, and which runs of ours stand beside it.
 
-    title = "Trust Region Policy Optimization"
-    source = "Schulman et al. 2015, arXiv 1502.05477"
+title = "Trust Region Policy Optimization"
+source = "Schulman et al. 2015, arXiv 1502.05477"
 
-    [scale.cpu]                          # fields of a sweep file, for all runs; [scale.cpu.run.NAME] for one of them
-    total_env_steps = 1_000_000
-    seeds = 5
+[scale.cpu]                          # fields of a sweep file, for all runs; [scale.cpu.run.NAME] for one of them
+total_env_steps = 1_000_000
+seeds = 5
 
-    [run.trpo]                           # a sweep file without [grid], [random] and [search]
-    algorithms = ["trpo"]
-    envs = ["mujoco/Hopper-v5"]
+[run.trpo]                           # a sweep file without [grid], [random] and [search]
+algorithms = ["trpo"]
+envs = ["mujoco/Hopper-v5"]
 
-    [[numbers]]                          # a published table, or a column of it: one method under one protocol
-    name = "baselines"
-    algorithm = "trpo"
-    source = "openai/baselines, benchmarks_mujoco1M.htm"
-    mark = "verified"
-    env_steps = 1_000_000
-    seeds = 6
-    spread = "none"                      # what the second number of a value is
-    metric = "training"                  # which return of ours stands beside it
-    ours = "mujoco/{task}-v5"            # our environment; {task} is the published name up to its version
-    [numbers.values]
-    "Hopper-v2" = [1912.9]               # [value], [value, spread] or [value, low, high]
+[[numbers]]                          # a published table, or a column of it: one method under one protocol
+name = "baselines"
+run = "trpo"
+algorithm = "trpo"
+source = "openai/baselines, benchmarks_mujoco1M.htm"
+mark = "verified"
+env_steps = 1_000_000
+seeds = 6
+spread = "none"                      # what the second number of a value is
+metric = "training"                  # which return of ours stands beside it
+ours = "mujoco/{task}-v5"            # our environment; {task} is the published name up to its version
+[numbers.values]
+"Hopper-v2" = [1912.9]               # [value], [value, spread] or [value, low, high]
 
-    [[claims]]                           # what is said in words or with a figure alone
-    text = "..."
-    test = { left = "spo", right = "ppo", metric = "ratio_deviation:max", expect = "less" }
+[[claims]]                           # what is said in words or with a figure alone
+text = "..."
+tests = [{ left = "spo", right = "ppo", metric = "ratio_deviation:max", expect = "less" }]
 
-    [[followups]]                        # what was tried where ours is not inside
-    numbers = "baselines"
-    text = "..."
+[[followups]]                        # what was tried where ours is not inside
+numbers = "baselines"
+text = "..."
 """
 
 import dataclasses
@@ -50,7 +51,7 @@ SCALES = ("smoke", "cpu", "full")
 class Numbers:
     """Published numbers of one method under one protocol.
 
-    run: the run of ours that stands beside them; empty for the only one that has the algorithm.
+    run: the run of ours in these settings, that stands beside them; empty if there is none.
     values: by published environment ``[value]``, ``[value, spread]`` or ``[value, low, high]``. The rest as in the file.
     """
 
@@ -80,26 +81,28 @@ class Numbers:
 class ClaimTest:
     """A claim as a comparison of two of our runs, or of one with a number.
 
-    left, right: ``RUN`` or ``RUN:ALGORITHM``, or for right a number.  metric: ``mode``, ``sample`` or ``training`` return, or a
-    column of the metrics with ``:mean``, ``:max`` or ``:last`` over the run.  expect: left is ``greater`` or ``less``.
+    left, right: ``RUN`` or ``RUN:ALGORITHM``, or for right a number.  metric: ``mode``, ``sample`` or ``training`` return at
+    the end, ``area`` (mode return, mean over all evaluations), or a column of the metrics with ``:mean``, ``:max`` or
+    ``:last`` over the run.  expect: left is ``greater`` or ``less``.  env: the only environment of ours that it is tested on.
     """
 
     left: str
     right: str | float
     metric: str
     expect: str
+    env: str = ""
 
 
 @dataclasses.dataclass(frozen=True)
 class Claim:
-    """test: None where no run of ours tests it.  The rest as in the file."""
+    """tests: empty where no run of ours tests it.  The rest as in the file."""
 
     name: str
     text: str
     source: str
     mark: str = ""
-    test: ClaimTest | None = None
-    note: str = ""
+    mark_note: str = ""
+    tests: tuple[ClaimTest, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -165,8 +168,7 @@ def read_paper(name: str) -> Paper:
 
 
 def _claim(entry: dict[str, Any]) -> Claim:
-    test = entry.get("test")
-    return Claim(**{**entry, "test": ClaimTest(**test) if test else None})
+    return Claim(**{**entry, "tests": tuple(ClaimTest(**test) for test in entry.get("tests", ()))})
 
 
 def _path(name: str) -> Path:

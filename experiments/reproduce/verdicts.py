@@ -13,9 +13,10 @@ from scipy import stats
 from pgjax.errors import RequestError
 from pgjax.experiments.compare import markdown_table, text_table
 from pgjax.experiments.reproduce.measured import Measured
-from pgjax.experiments.reproduce.paper_file import Claim, Numbers, Paper
+from pgjax.experiments.reproduce.paper_file import Claim, ClaimTest, Numbers, Paper
 
 LEVEL = 0.95
+_SIGNS = {"greater": ">", "less": "<"}
 NUMBER_VERDICTS = ("inside", "above", "below", "not run", "not comparable")
 CLAIM_VERDICTS = ("holds", "undecided", "contradicted", "not run", "not tested")
 
@@ -47,12 +48,16 @@ class NumberRow:
 
 @dataclasses.dataclass(frozen=True)
 class ClaimRow:
-    """A claim on one environment. difference: left less right (or less the number), with its 95 % interval."""
+    """A claim on one environment.
+
+    test: which runs and metric.  difference: left less right (or less the number), with its 95 % interval.
+    """
 
     claim: str
     env: str
     verdict: str
     text: str
+    test: str = ""
     why: str = ""
     left: float = math.nan
     right: float = math.nan
@@ -81,7 +86,9 @@ def mean_interval(scores: np.ndarray) -> tuple[float, float, float]:
     return mean, mean - half, mean + half
 
 
-def difference_interval(mean: float, error: float, df: float, other_error: float, other_df: float) -> tuple[float, float, float]:
+def difference_interval(
+    mean: float, error: float, df: float, other_error: float, other_df: float
+) -> tuple[float, float, float]:
     """A difference and the ends of its 95 % interval: Welch's, from both standard errors and degrees of freedom.
 
     An infinite ``other_df`` takes the other error for exactly known.
@@ -101,13 +108,9 @@ def _number_row(numbers: Numbers, env: str, value: list[float], results: Sequenc
     if numbers.not_comparable or numbers.metric == "other" or not ours:
         why = numbers.not_comparable or (f"measured otherwise: {numbers.measured}" if ours else "no environment of ours")
         return dataclasses.replace(row, why=why)
-    if numbers.variant and not numbers.run:
-        return dataclasses.replace(row, verdict="not run", why=f"variant: {numbers.variant}")
-    runs = [
-        each
-        for each in results
-        if each.env == ours and each.algorithm == numbers.algorithm and numbers.run in ("", each.run)
-    ]
+    if not numbers.run:
+        return dataclasses.replace(row, verdict="not run", why="no run in these settings yet")
+    runs = [each for each in results if (each.run, each.algorithm, each.env) == (numbers.run, numbers.algorithm, ours)]
     if not runs:
         return dataclasses.replace(row, verdict="not run")
     try:
@@ -146,11 +149,16 @@ def _published_error(numbers: Numbers, value: list[float]) -> tuple[float, float
 
 
 def _claim_rows(claim: Claim, results: Sequence[Measured]) -> list[ClaimRow]:
-    row = ClaimRow(claim.name, "", "not tested", claim.text, claim.note)
-    test = claim.test
-    if test is None:
+    row = ClaimRow(claim.name, "", "not tested", claim.text)
+    if not claim.tests:
         return [row]
-    left = _by_env(test.left, results)
+    rows = [found for test in claim.tests for found in _test_rows(row, test, results)]
+    return rows or [dataclasses.replace(row, verdict="not run")]
+
+
+def _test_rows(row: ClaimRow, test: ClaimTest, results: Sequence[Measured]) -> list[ClaimRow]:
+    row = dataclasses.replace(row, test=f"{test.left} {_SIGNS[test.expect]} {test.right}, {test.metric}")
+    left = {env: ours for env, ours in _by_env(test.left, results).items() if test.env in ("", env)}
     right = _by_env(test.right, results) if isinstance(test.right, str) else None
     rows = []
     for env, ours in left.items():
@@ -182,7 +190,7 @@ def _claim_rows(claim: Claim, results: Sequence[Measured]) -> list[ClaimRow]:
         sides = (interval[1] > 0, interval[2] < 0)
         holds, against = sides if test.expect == "greater" else sides[::-1]
         rows.append(dataclasses.replace(here, verdict="holds" if holds else "contradicted" if against else "undecided"))
-    return rows or [dataclasses.replace(row, verdict="not run")]
+    return rows
 
 
 def _error(scores: np.ndarray) -> tuple[float, float]:
@@ -209,12 +217,21 @@ def summary(numbers: Sequence[NumberRow], claims: Sequence[ClaimRow]) -> str:
         parts.append(text_table(header, cells, align="<<>>>>><"))
     tested = [row for row in claims if row.env]
     if tested:
-        header = ("claim", "environment", "left", "right", "difference", "95 % interval", "verdict")
+        header = ("claim", "tested by", "environment", "left", "right", "difference", "95 % interval", "verdict")
         cells = [
-            (row.claim, row.env, _short(row.left), _short(row.right), _signed(row.difference), _interval(row), row.verdict)
+            (
+                row.claim,
+                row.test,
+                row.env,
+                _short(row.left),
+                _short(row.right),
+                _signed(row.difference),
+                _interval(row),
+                row.verdict,
+            )
             for row in tested
         ]
-        parts.append(text_table(header, cells, align="<<>>>><"))
+        parts.append(text_table(header, cells, align="<<<>>>><"))
     parts.append(f"{len(numbers)} published numbers: {count(numbers, NUMBER_VERDICTS)}")
     if claims:
         parts.append(f"{len(claims)} tests of claims: {count(claims, CLAIM_VERDICTS)}")
@@ -229,7 +246,17 @@ def count(rows: Sequence[NumberRow] | Sequence[ClaimRow], verdicts: Sequence[str
 
 def number_table(rows: Sequence[NumberRow]) -> str:
     """Rows as a Markdown table."""
-    header = ("published by", "environment", "env steps", "published", "ours", "95 % interval", "seeds", "difference", "verdict")
+    header = (
+        "published by",
+        "environment",
+        "env steps",
+        "published",
+        "ours",
+        "95 % interval",
+        "seeds",
+        "difference",
+        "verdict",
+    )
     cells = []
     for row in rows:
         steps = f"{row.env_steps:,}" if row.env_steps else ""
@@ -239,19 +266,21 @@ def number_table(rows: Sequence[NumberRow]) -> str:
 
 def claim_table(rows: Sequence[ClaimRow]) -> str:
     """Rows as a Markdown table."""
-    header = ("claim", "environment", "left", "right", "difference", "seeds", "verdict")
+    header = ("claim", "tested by", "environment", "left", "right", "difference", "seeds", "verdict")
     cells = []
     for row in rows:
-        seeds = f"{row.seeds or ''}"
-        why = f": {row.why}" if row.why and not row.env else ""
-        numbers = (_short(row.left), _short(row.right), _difference(row), seeds)
-        cells.append((row.text, row.env, *numbers, row.verdict + why))
+        numbers = (_short(row.left), _short(row.right), _difference(row), f"{row.seeds or ''}")
+        cells.append((row.text, row.test, row.env, *numbers, row.verdict))
     return markdown_table(header, cells)
 
 
 def to_markdown(paper: Paper, scale: str, numbers: Sequence[NumberRow], claims: Sequence[ClaimRow]) -> str:
     """All rows of a paper, as a file of its own."""
-    parts = [f"# {paper.title}, scale {scale}", paper.source, f"{len(numbers)} published numbers: {count(numbers, NUMBER_VERDICTS)}."]
+    parts = [
+        f"# {paper.title}, scale {scale}",
+        paper.source,
+        f"{len(numbers)} published numbers: {count(numbers, NUMBER_VERDICTS)}.",
+    ]
     parts += [number_table(numbers)] if numbers else []
     parts += [f"{len(claims)} tests of claims: {count(claims, CLAIM_VERDICTS)}.", claim_table(claims)] if claims else []
     return "\n\n".join(parts) + "\n"
