@@ -249,3 +249,21 @@ def test_the_page_is_what_the_command_writes():
     root = paper_file.PUBLISHED.resolve().parent.parent
     for path, text in pages(root / "docs" / "reproduction.md").items():
         assert path.read_text() == text, f"{path.name} is not what pgjax reproduce --page writes"
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=() if name in ("trpo", "fixpo") else pytest.mark.slow)
+        for name in ("ppo", "trpo", "spo", "fixpo", "dpo", "mdpo", "vmpo", "guide", "gae")
+    ],
+)
+def test_smoke_of_a_paper(tmp_path, capsys, name):
+    """Every run of every paper trains; at this scale no number is comparable and none is claimed."""
+    assert cli._main(["reproduce", name, "--out", str(tmp_path)]) == 0
+    results, _ = load(tmp_path / "results.json")
+    specs = [spec for several in read_paper(name).specs("smoke").values() for spec in several]
+    assert {(each.algorithm, each.env) for each in results} == {(spec.algorithm, spec.env) for spec in specs}
+    assert all(np.isfinite(each.scores("mode")).all() for each in results)
+    rows = verdicts.number_rows(read_paper(name), results)
+    assert not {row.verdict for row in rows} & {"inside", "above", "below"} and str(tmp_path) in capsys.readouterr().out

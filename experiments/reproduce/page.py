@@ -60,6 +60,8 @@ def pages(out: Path) -> dict[Path, str]:
         link = f"[{paper.title}]({out.stem}/{name}.md)"
         rows.append((link, scale, f"{len(numbers) or ''}", *told, f"{len(paper.claims) or ''}", claimed))
         texts[out.parent / out.stem / f"{name}.md"] = _paper_page(paper, results, scale, command)
+    sums = [sum(int(row[column] or 0) for row in rows) for column in range(2, 4 + len(NUMBER_VERDICTS))]
+    rows.append(("all", "", *map(str, sums), ""))
     header = ("paper", "scale run", "numbers", *NUMBER_VERDICTS, "claims", "tests of claims")
     return {out: f"{_PREFACE}\n\n{markdown_table(header, rows)}\n", **texts}
 
@@ -92,7 +94,8 @@ def _paper_page(paper: Paper, results: list[Measured], scale: str, command: str)
     if numbers:
         parts += [
             f"## Numbers: {count(numbers, NUMBER_VERDICTS)}",
-            number_table(numbers),
+            # Those that say something first.
+            number_table(sorted(numbers, key=lambda row: max(2, NUMBER_VERDICTS.index(row.verdict)))),
             "## Where they are from",
             _sources(paper),
         ]
