@@ -50,6 +50,13 @@ def module_setup(module, fields: dict):
     return module.Setup(**_known(module.Setup, "setup", fields))
 
 
+def __getattr__(name: str):
+    """``pgjax.algorithms.ppo`` after nothing but ``import pgjax``."""
+    if name in _ALGORITHMS:
+        return importlib.import_module(_ALGORITHMS[name][0])
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
 def _known(cls, what, fields):
     for name in fields:
         if name not in cls.__dataclass_fields__:

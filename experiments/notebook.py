@@ -26,12 +26,12 @@ def train_seeds(
       values: fields of ``algorithm.hypers`` with an array of V values each; the same program trains every seed with each.
     Returns: the metrics of ``pgjax.make_train``, with leading axes [S], or [V, S] with ``values``.
     """
-    lane = jax.vmap(
-        pgjax.make_train(algorithm, total_env_steps, num_evals=num_evals, eval_episodes=eval_episodes), (0, None)
-    )
+    lane = jax.vmap(pgjax.make_train(algorithm, total_env_steps, num_evals=num_evals, eval_episodes=eval_episodes), (0, None))
     hypers, seeds = algorithm.hypers, jax.vmap(jax.random.key)(jnp.arange(num_seeds))
     if values:
-        axes = jax.tree.map(lambda _: None, hypers).replace(**{name: jax.tree.map(lambda _: 0, v) for name, v in values.items()})
+        axes = jax.tree.map(lambda _: None, hypers).replace(
+            **{name: jax.tree.map(lambda _: 0, v) for name, v in values.items()}
+        )
         lane, hypers = jax.vmap(lane, (None, axes)), hypers.replace(**values)
     return jax.device_get(jax.jit(lane)(seeds, hypers)[1])
 

@@ -213,7 +213,7 @@ def _in_parts(x: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return x[[part[-1] for part in parts]], np.stack([y[:, part].mean(1) for part in parts], axis=1)
 
 
-def draw(axis, x, y, label, color, linestyle="-", opacity=_CLEAR):
+def draw(axis, x, y, label, color, linestyle: Any = "-", opacity=_CLEAR):
     """One curve: the interquartile mean over the seeds of ``y [S, P]`` at ``x [P]``, and its 95 % bootstrap interval."""
     known = ~np.isnan(y).any(0)
     x, y = x[known], y[:, known]

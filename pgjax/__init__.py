@@ -9,7 +9,9 @@ state, metrics = train(jax.random.key(0), algorithm.hypers)
 """
 
 import importlib as _importlib
+import importlib.util as _importlib_util
 import os as _os
+from typing import Any as _Any
 
 # In a checkout the sub-packages `envs`, `algorithms` and `experiments` stand beside this folder; the wheel maps them in.
 _root = _os.path.dirname(_os.path.dirname(_os.path.abspath(__file__)))
@@ -47,10 +49,14 @@ _PUBLIC = {
 __all__ = sorted([*_PUBLIC, "__version__"])  # pyright: ignore[reportUnsupportedDunderAll]
 
 
-def __getattr__(name):
-    if name not in _PUBLIC:
+def __getattr__(name: str) -> _Any:
+    if name in _PUBLIC:
+        value = getattr(_importlib.import_module(_PUBLIC[name]), name)
+    elif not name.startswith("_") and (found := _importlib_util.find_spec(f"pgjax.{name}")) and found.origin:
+        # The parts too: pgjax.estimators.gae after nothing but `import pgjax`.
+        value = _importlib.import_module(f"pgjax.{name}")
+    else:
         raise AttributeError(f"module 'pgjax' has no attribute {name!r}")
-    value = getattr(_importlib.import_module(_PUBLIC[name]), name)
     globals()[name] = value
     return value
 

@@ -518,20 +518,24 @@ def _log_of(rows: "pandas.DataFrame", episodes: "pandas.DataFrame") -> str:
     from pgjax.metrics import mean_over_lanes
 
     entries = []
-    names = rows.columns.drop(["config", "seed", "iteration"])
-    iterations = sorted(rows.iteration.unique())
+    columns = {str(name): rows[name].to_numpy() for name in rows if name not in ("config", "seed", "iteration")}
+    iterations = np.unique(rows["iteration"].to_numpy())
     for number, iteration in enumerate(iterations, 1):
-        lanes = rows[rows.iteration == iteration]
-        means = mean_over_lanes({name: lanes[name].to_numpy() for name in names})
+        here = rows["iteration"].to_numpy() == iteration
+        means = mean_over_lanes({name: values[here] for name, values in columns.items()})
         env_steps = int(means.pop("env_steps"))
         values = {name: float(value) for name, value in means.items() if np.isfinite(value)}
         progress = round(number / len(iterations), 6)
         entries.append({"kind": "row", "env_steps": env_steps, "progress": progress, **values})
-    for env_steps, several in episodes.groupby("env_steps"):
-        values = several.groupby("policy")[["return", "length"]].mean().stack()
+    played_at, played_by = episodes["env_steps"].to_numpy(), episodes["policy"].to_numpy()
+    for env_steps in np.unique(played_at):
         done = sum(entry["kind"] == "row" and entry["env_steps"] <= env_steps for entry in entries)
         entry = {"kind": "evaluation", "env_steps": int(env_steps), "progress": round(done / max(1, len(iterations)), 6)}
-        entries.append(entry | {f"{policy}_{what}": float(value) for (policy, what), value in values.items()})
+        for policy in ("mode", "sample"):
+            played = (played_at == env_steps) & (played_by == policy)
+            for what in ("return", "length"):
+                entry[f"{policy}_{what}"] = float(np.mean(episodes[what].to_numpy()[played]))
+        entries.append(entry)
     entries.sort(key=lambda entry: entry["env_steps"])
     return "".join(json.dumps(to_json(entry)) + "\n" for entry in entries)
 

@@ -130,6 +130,18 @@ def test_importing_pgjax_imports_nothing_heavy(tmp_path):
     assert done.returncode == 0, done.stderr
 
 
+def test_parts_are_reached_from_the_package(tmp_path):
+    """As the README says: nothing but ``import pgjax`` is needed."""
+    code = """
+import pgjax
+assert pgjax.estimators.gae and pgjax.algorithms.ppo.clip_surrogate and pgjax.on_policy.collect and pgjax.envs.list_envs
+for name in ("tests", "nothing"):
+    assert not hasattr(pgjax, name) and not hasattr(pgjax.algorithms, name), name
+"""
+    done = run_python(code, cwd=tmp_path, path=ROOT)
+    assert done.returncode == 0, done.stderr
+
+
 def test_the_checkout_works_without_being_installed(tmp_path):
     code = "import pgjax.envs, pgjax.algorithms, pgjax.experiments; print(pgjax.envs.__file__)"
     done = run_python(code, cwd=tmp_path, path=ROOT)

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -36,7 +37,7 @@ def draw_paper(paper: Paper, results: Sequence[Measured], out: Path) -> bool:
     figure, axes = pyplot().subplots(
         rows, columns, figsize=(4.2 * columns, 3.3 * rows + 0.9), squeeze=False, layout="constrained"
     )
-    handles: dict[str, object] = {}
+    handles: dict[str, Any] = {}
     for axis, env in zip(axes.flat, envs, strict=False):
         for index, each in enumerate(result for result in results if result.env == env):
             handles[_label(each, results)] = _curve(axis, each, "mode" if metric == "best" else metric, index)
