@@ -468,7 +468,9 @@ def _sweep(argv: list[str]) -> int:
     if action not in ("run", "status", "report"):
         raise RequestError(f"sweep {action!r} is unknown; {close_names(action, ('run', 'status', 'report'))}")
     words = ["pgjax", "sweep", *argv]
-    rest = [f"--file={rest[0]}", *rest[1:]] if rest and not rest[0].startswith("-") else rest
+    if not rest:
+        raise RequestError(f"name a sweep file: pgjax sweep {action} FILE")
+    rest = [f"--file={rest[0]}", *rest[1:]] if not rest[0].startswith("-") else rest
     args = _parse(SweepRunArgs if action == "run" else SweepPathArgs, rest, f"pgjax sweep {action}")
     if not args.file.is_file():
         raise RequestError(f"there is no file {args.file}; name a sweep file")
