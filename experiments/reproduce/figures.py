@@ -29,7 +29,7 @@ def draw_paper(paper: Paper, results: Sequence[Measured], out: Path) -> bool:
     envs = list(dict.fromkeys(each.env for each in results))
     if not envs:
         return False
-    beside = [numbers for numbers in paper.numbers if not numbers.not_comparable and numbers.metric in _TOLD]
+    beside = [numbers for numbers in paper.numbers if numbers.run and numbers.metric in _TOLD]
     metrics = [numbers.metric for numbers in beside] or ["mode"]
     metric = max(set(metrics), key=metrics.count)
     columns = min(3, len(envs))
