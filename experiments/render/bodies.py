@@ -15,6 +15,11 @@ mujoco: Any = _mujoco  # a compiled module without type information
 
 # MuJoCo's viewer hides geoms of these groups and above: they are there for collisions.
 _HIDDEN_GROUP = 3
+# As numbers, because NumPy's are not equal to MuJoCo's enumerations.
+_PLANE, _SPHERE, _CAPSULE, _ELLIPSOID, _CYLINDER, _MESH = (
+    int(getattr(mujoco.mjtGeom, f"mjGEOM_{name}")) for name in ("PLANE", "SPHERE", "CAPSULE", "ELLIPSOID", "CYLINDER", "MESH")
+)
+_FREE, _SLIDE, _HINGE = (int(getattr(mujoco.mjtJoint, f"mjJNT_{name}")) for name in ("FREE", "SLIDE", "HINGE"))
 _GROUND, _TILE, _TILE_2 = "#e6e6e1", "#ecece8", "#dadad4"
 _CIRCLE = np.stack(
     [np.cos(np.linspace(0, 2 * np.pi, 20, endpoint=False)), np.sin(np.linspace(0, 2 * np.pi, 20, endpoint=False))], 1
@@ -157,7 +162,7 @@ class Scene:
         self._at: int | None = None
         model = self.model
         seen = (model.geom_group < _HIDDEN_GROUP) & (self._colors()[:, 3] > 0)
-        planes = model.geom_type == mujoco.mjtGeom.mjGEOM_PLANE
+        planes = model.geom_type == _PLANE
         self.shapes = np.flatnonzero(seen & ~planes)
         self.planes = np.flatnonzero(seen & planes)
         self.num_states = len(jax.tree.leaves(views)[0])
@@ -282,12 +287,10 @@ def _round_step(length: float) -> float:
 
 def _direction(model) -> tuple[float, float]:
     """Azimuth and elevation from which the joints of a model move across the picture."""
-    hinge, slide = mujoco.mjtJoint.mjJNT_HINGE, mujoco.mjtJoint.mjJNT_SLIDE
     data = mujoco.MjData(model)
     mujoco.mj_kinematics(model, data)
-    turns = np.abs(data.xaxis[model.jnt_type == hinge])
-    slides = np.abs(data.xaxis[model.jnt_type == slide])
-    if (model.jnt_type == hinge).sum() + (model.jnt_type == slide).sum() < model.njnt:
+    turns, slides = (np.abs(data.xaxis[model.jnt_type == kind]) for kind in (_HINGE, _SLIDE))
+    if len(turns) + len(slides) < model.njnt:
         return 120.0, -25.0
     for normal, direction in ((1, (90.0, 0.0)), (2, (90.0, -90.0))):
         if (turns[:, normal] > 0.99).all() and (slides[:, normal] < 0.01).all():
@@ -298,7 +301,7 @@ def _direction(model) -> tuple[float, float]:
 def _wanderer(model) -> int | None:
     """The body whose joints let it go anywhere, if there is one."""
     for joint in range(model.njnt):
-        goes = model.jnt_type[joint] in (mujoco.mjtJoint.mjJNT_FREE, mujoco.mjtJoint.mjJNT_SLIDE)
+        goes = model.jnt_type[joint] in (_FREE, _SLIDE)
         body = model.jnt_bodyid[joint]
         # A ball or a target that is moved about is not who is looked at.
         if goes and not model.jnt_limited[joint] and model.body_parentid[body] == 0 and model.body_subtreemass[body] > 0:
@@ -310,22 +313,21 @@ def _extremes(model, data, geom: int, axes: np.ndarray) -> np.ndarray:
     """Points [P, 3] of a geom whose convex hull is its outline seen along ``axes[2]``."""
     kind, size = model.geom_type[geom], model.geom_size[geom]
     place, turn = data.geom_xpos[geom], data.geom_xmat[geom].reshape(3, 3)
-    geoms = mujoco.mjtGeom
-    if kind in (geoms.mjGEOM_SPHERE, geoms.mjGEOM_CAPSULE):
+    if kind in (_SPHERE, _CAPSULE):
         # A ball looks like a disc from everywhere.
         disc = size[0] * _CIRCLE @ axes[:2]
-        half = size[1] * turn[:, 2] if kind == geoms.mjGEOM_CAPSULE else np.zeros(3)
+        half = size[1] * turn[:, 2] if kind == _CAPSULE else np.zeros(3)
         return np.concatenate([place + half + disc, place - half + disc])
-    if kind == geoms.mjGEOM_ELLIPSOID:
+    if kind == _ELLIPSOID:
         # The support points of an ellipsoid in the directions of the picture's plane.
         directions = (_CIRCLE @ axes[:2]) @ turn
         scaled = directions * size**2
         return place + (scaled / np.linalg.norm(directions * size, axis=1, keepdims=True)) @ turn.T
-    if kind == geoms.mjGEOM_CYLINDER:
+    if kind == _CYLINDER:
         ring = np.concatenate([size[0] * _CIRCLE, np.zeros((len(_CIRCLE), 1))], 1)
         half = np.array([0, 0, size[1]])
         return place + np.concatenate([ring + half, ring - half]) @ turn.T
-    if kind == geoms.mjGEOM_MESH:
+    if kind == _MESH:
         mesh = model.geom_dataid[geom]
         first, count = model.mesh_vertadr[mesh], model.mesh_vertnum[mesh]
         vertices = model.mesh_vert[first : first + count]

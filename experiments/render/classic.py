@@ -23,7 +23,8 @@ def cartpole_tip(state: Any, params: Any) -> tuple[float, float]:
 def cartpole(state: Any, params: Any, action: Any = None) -> Canvas:
     """The cart between the ends of its track, the pole on it, an arrow for the push."""
     reach, pole = float(params.x_threshold) + 0.5, 2 * float(params.length)
-    canvas = fitting((-reach, -0.75), (reach, max(pole, 0.9) + 0.2), margin=0.02)
+    canvas = fitting((-reach, -0.6), (reach, max(pole, 0.9) + 0.3), margin=0.0)
+    canvas.center = (0.0, -0.6 + canvas.height / canvas.scale / 2)
     x, (w, h) = float(state.x), _CART
     floor = -h / 2 - 0.14
     canvas.line([(-10 * reach, floor), (10 * reach, floor)], GREY, 1.5)

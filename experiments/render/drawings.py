@@ -10,7 +10,6 @@ from PIL import Image
 
 from pgjax.experiments.render import classic, grids
 from pgjax.experiments.render.bars import Bars
-from pgjax.experiments.render.bodies import Scene, simulation_of
 from pgjax.experiments.render.episodes import Episode, View
 
 Paint = Callable[[int], Image.Image]
@@ -41,6 +40,8 @@ def drawing_of(env, renderer: str = "plain") -> Drawing:
             return _classic(env, classic.DRAWINGS[name])
     # Most environments need not load MuJoCo for that.
     if hasattr(env, "integration_state") or (source is not None and not names):
+        from pgjax.experiments.render.bodies import simulation_of
+
         simulation = simulation_of(env)
         if simulation is not None:
             return _bodies(simulation, renderer)
@@ -77,6 +78,8 @@ def _classic(env, draw) -> Drawing:
 
 
 def _bodies(simulation, renderer: str) -> Drawing:
+    from pgjax.experiments.render.bodies import Scene
+
     def painter(episode: Episode) -> Paint:
         scene = Scene(simulation, episode.view)
         shot = scene.shot()

@@ -2,6 +2,7 @@
 
 import dataclasses
 import io
+import itertools
 import math
 from collections.abc import Callable
 
@@ -21,15 +22,23 @@ DEFAULT_SECONDS = 1 / 15
 
 @dataclasses.dataclass(frozen=True)
 class Pace:
-    """every: steps from one frame to the next.  delay: seconds a frame is shown.  speed: in times real time, if there is one."""
+    """every: steps from one frame to the next.  step: seconds that a step is shown.  speed: in times real time, if known."""
 
     every: int
-    delay: float
+    step: float
     speed: float | None
 
     def frames(self, length: int) -> list[int]:
         """The times that are shown of an episode of ``length`` steps, its first and its last state always among them."""
         return sorted({*range(0, length + 1, self.every), length})
+
+    def durations(self, length: int) -> list[int]:
+        """How long each of these is shown, in milliseconds; the last one a while longer."""
+        # Rounded such that the whole lasts as long as it should.
+        ends = [round(100 * self.step * t) for t in self.frames(length)]
+        least = round(100 * _LEAST_SECONDS)
+        shown = [max(least, later - sooner) for sooner, later in itertools.pairwise(ends)]
+        return [10 * hundredths for hundredths in (*shown, round(100 * _HOLD_SECONDS))]
 
     def __str__(self) -> str:
         """What has to be said of it in a caption; empty for every step at its own speed."""
@@ -46,11 +55,10 @@ def pace_of(length: int, step_seconds: float | None, max_frames: int = MAX_FRAME
     """As few frames left out as fit: in real time where that is smooth, else faster."""
     seconds = step_seconds or DEFAULT_SECONDS
     every = max(1, math.ceil(length / max_frames), math.ceil(_LEAST_SECONDS / seconds - 1e-9))
-    delay = every * seconds
+    shown = every * seconds
     if every > 1:
-        delay = min(delay, max(seconds, _SMOOTH_SECONDS))
-    delay = max(_LEAST_SECONDS, round(delay, 2))
-    return Pace(every, delay, every * seconds / delay if step_seconds else None)
+        shown = min(shown, max(seconds, _SMOOTH_SECONDS))
+    return Pace(every, shown / every, every * seconds / shown if step_seconds else None)
 
 
 def encode(paint: Callable[[int, Pace], Image.Image], length: int, step_seconds: float | None) -> tuple[bytes, Pace]:
@@ -62,14 +70,14 @@ def encode(paint: Callable[[int, Pace], Image.Image], length: int, step_seconds:
     max_frames = MAX_FRAMES
     while True:
         pace = pace_of(length, step_seconds, max_frames)
-        content = _gif([paint(t, pace) for t in pace.frames(length)], pace.delay)
+        content = _gif([paint(t, pace) for t in pace.frames(length)], pace.durations(length))
         shown = len(pace.frames(length))
         if len(content) <= MAX_BYTES or shown <= 2:
             return content, pace
         max_frames = max(1, min(shown - 1, int(0.9 * shown * MAX_BYTES / len(content))))
 
 
-def _gif(frames: list[Image.Image], delay: float) -> bytes:
+def _gif(frames: list[Image.Image], durations: list[int]) -> bytes:
     # One palette for all, from a sheet of some of them, so that colours stay as they are from frame to frame.
     some = frames[:: max(1, len(frames) // 8)]
     sheet = Image.new("RGB", (some[0].width, some[0].height * len(some)))
@@ -77,8 +85,6 @@ def _gif(frames: list[Image.Image], delay: float) -> bytes:
         sheet.paste(frame, (0, i * frame.height))
     palette = sheet.quantize(_COLORS, method=Image.Quantize.MEDIANCUT)
     flat = [frame.quantize(palette=palette, dither=Image.Dither.NONE) for frame in frames]
-    milliseconds = round(1000 * delay)
-    durations = [milliseconds] * (len(flat) - 1) + [max(milliseconds, round(1000 * _HOLD_SECONDS))]
     buffer = io.BytesIO()
     flat[0].save(buffer, "GIF", save_all=True, append_images=flat[1:], duration=durations, loop=0, optimize=False, disposal=1)
     return buffer.getvalue()

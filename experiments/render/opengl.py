@@ -78,7 +78,13 @@ class Camera:
 
         mujoco: Any = _mujoco
         self._scene, self._shot = scene, shot
-        self._renderer = mujoco.Renderer(scene.model, HEIGHT, WIDTH)
+        try:
+            self._renderer = mujoco.Renderer(scene.model, HEIGHT, WIDTH)
+        except (mujoco.FatalError, RuntimeError) as error:
+            raise RequestError(
+                "renderer = 'opengl': MuJoCo has no OpenGL context; set MUJOCO_GL, such as to egl, before Python starts, "
+                "or take renderer = 'plain'"
+            ) from error
         flags = self._renderer.scene.flags
         # Mirrors, a background and soft shadows would double the size of the file, and triple the time without a card.
         for flag in ("mjRND_REFLECTION", "mjRND_SKYBOX", "mjRND_HAZE"):
