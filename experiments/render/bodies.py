@@ -20,7 +20,7 @@ _PLANE, _SPHERE, _CAPSULE, _ELLIPSOID, _CYLINDER, _MESH = (
     int(getattr(mujoco.mjtGeom, f"mjGEOM_{name}")) for name in ("PLANE", "SPHERE", "CAPSULE", "ELLIPSOID", "CYLINDER", "MESH")
 )
 _FREE, _SLIDE, _HINGE = (int(getattr(mujoco.mjtJoint, f"mjJNT_{name}")) for name in ("FREE", "SLIDE", "HINGE"))
-_GROUND, _TILE, _TILE_2 = "#e6e6e1", "#ecece8", "#dadad4"
+_GROUND, _TILE, _TILE_2, _SHADOW = "#e6e6e1", "#ecece8", "#dadad4", "#bcbcb5"
 _CIRCLE = np.stack(
     [np.cos(np.linspace(0, 2 * np.pi, 20, endpoint=False)), np.sin(np.linspace(0, 2 * np.pi, 20, endpoint=False))], 1
 )
@@ -166,6 +166,12 @@ class Scene:
         self.shapes = np.flatnonzero(seen & ~planes)
         self.planes = np.flatnonzero(seen & planes)
         self.num_states = len(jax.tree.leaves(views)[0])
+        self._body = _wanderer(model)
+
+    @property
+    def follows(self) -> bool:
+        """Whether the camera goes along with a body."""
+        return self._body is not None
 
     def go_to(self, t: int) -> None:
         """Brings ``data`` into the state of time t."""
@@ -181,7 +187,7 @@ class Scene:
         """
         azimuth, elevation = _direction(self.model)
         shot = Shot(azimuth, elevation, np.zeros((self.num_states, 3)), 1.0)
-        body = _wanderer(self.model)
+        body = self._body
         moving = [g for g in self.shapes if self.model.body_weldid[self.model.geom_bodyid[g]] > 0]
         watched = moving if body is not None and moving else list(self.shapes)
         lows, highs, roots = [], [], []
@@ -214,6 +220,8 @@ class Scene:
         canvas = Canvas((0, 0), HEIGHT / shot.height)
         axes, target = shot.axes, shot.targets[t]
         self._ground(canvas, shot, target)
+        if not shot.is_side:
+            self._shadows(canvas, axes, target)
         # The ends of long shapes and not their middles decide what is in front.
         outlines = []
         for geom in self.shapes:
@@ -235,9 +243,9 @@ class Scene:
         return colors
 
     def _ground(self, canvas: Canvas, shot: Shot, target: np.ndarray) -> None:
-        floors = [p for p in self.planes if self.data.geom_xmat[p].reshape(3, 3)[2, 2] > 0.99]
+        floors = self._floors()
         half = np.array([WIDTH, HEIGHT]) / canvas.scale / 2
-        step = _round_step(shot.height / 4)
+        step = _round_step(shot.height / 5)
         if shot.is_side:
             # Where nothing is a floor, a ruler all the same, so that one sees what moves.
             level = float(self.data.geom_xpos[floors[0]][2]) - target[2] if floors else None
@@ -255,6 +263,17 @@ class Scene:
         elif floors:
             level = float(self.data.geom_xpos[floors[0]][2])
             self._tiles(canvas, shot, target, half, step, level)
+
+    def _shadows(self, canvas: Canvas, axes: np.ndarray, target: np.ndarray) -> None:
+        """What a light from straight above leaves dark of the floor: it tells how high a body is."""
+        for floor in self._floors()[:1]:
+            for geom in self.shapes:
+                points = _extremes(self.model, self.data, geom, np.eye(3))
+                points[:, 2] = self.data.geom_xpos[floor][2]
+                canvas.polygon(_hull((points - target) @ axes[:2].T), _SHADOW)
+
+    def _floors(self) -> list[int]:
+        return [plane for plane in self.planes if self.data.geom_xmat[plane].reshape(3, 3)[2, 2] > 0.99]
 
     def _tiles(self, canvas: Canvas, shot: Shot, target: np.ndarray, half, step: float, level: float) -> None:
         """A chequered floor, as far as it can be seen."""
@@ -280,9 +299,9 @@ def _some(number: int) -> list[int]:
 
 
 def _round_step(length: float) -> float:
-    """The greatest of 1, 2 and 5 times a power of ten that is not above ``length``."""
+    """The least of 1, 2 and 5 times a power of ten that is not below ``length``."""
     power = 10.0 ** np.floor(np.log10(length))
-    return float(max(m * power for m in (1, 2, 5) if m * power <= length * (1 + 1e-9)))
+    return float(min(m * power for m in (1, 2, 5, 10) if m * power >= length * (1 - 1e-9)))
 
 
 def _direction(model) -> tuple[float, float]:

@@ -43,7 +43,8 @@ def board(obs: np.ndarray, channels: Sequence[tuple[str, tuple[int, int, int]]] 
     named = channels or [(f"channel {i}", _HUES[i % len(_HUES)]) for i in range(count)]
     canvas, corner, cell = _grid(rows, columns, _LEGEND)
     shown = [channel for channel in range(count) if named[channel][0]]
-    order = sorted(shown, key=lambda i: not named[i][0].startswith(_BELOW))
+    # A ball may be where a wall is: what there is little of is drawn last.
+    order = sorted(shown, key=lambda i: (not named[i][0].startswith(_BELOW), -np.count_nonzero(obs[..., i] > 0)))
     for channel in order:
         for row, column in zip(*np.nonzero(obs[..., channel] > 0), strict=True):
             _fill(canvas, corner, cell, row, column, named[channel][1])

@@ -4,6 +4,7 @@ import os
 import platform
 import subprocess
 import sys
+import weakref
 from typing import Any
 
 import numpy as np
@@ -26,6 +27,7 @@ from OpenGL import GL
 print("drawn by", GL.glGetString(GL.GL_RENDERER).decode())
 renderer.close()
 """
+_LEAST_ELEVATION = -8.0
 _SOFTWARE = ("llvmpipe", "softpipe", "swrast", "software")
 
 
@@ -86,20 +88,28 @@ class Camera:
                 "or take renderer = 'plain'"
             ) from error
         flags = self._renderer.scene.flags
-        # Mirrors, a background and soft shadows would double the size of the file, and triple the time without a card.
-        for flag in ("mjRND_REFLECTION", "mjRND_SKYBOX", "mjRND_HAZE"):
-            flags[getattr(mujoco.mjtRndFlag, flag)] = 0
+        # It doubles the size of the file, and the time where no graphics card helps.
+        flags[mujoco.mjtRndFlag.mjRND_REFLECTION] = 0
         self._camera = mujoco.MjvCamera()
         self._camera.type = mujoco.mjtCamera.mjCAMERA_FREE
-        self._camera.azimuth, self._camera.elevation = shot.azimuth, shot.elevation
+        # From a little above, so that a floor can be seen.
+        self._camera.azimuth, self._camera.elevation = shot.azimuth, min(shot.elevation, _LEAST_ELEVATION)
         field_of_view = np.deg2rad(scene.model.vis.global_.fovy)
-        self._camera.distance = 0.5 * shot.height / np.tan(field_of_view / 2)
+        # What is nearer than the middle looks larger than in the plain drawing, which knows no perspective.
+        self._camera.distance = 0.57 * shot.height / np.tan(field_of_view / 2)
+        # Before Python takes itself apart, which the renderer does not survive.
+        weakref.finalize(self, self._renderer.close)
 
     def draw(self, t: int) -> Image.Image:
-        self._scene.go_to(t)
-        self._camera.lookat[:] = self._shot.targets[t]
-        self._renderer.update_scene(self._scene.data, self._camera)
+        scene, target = self._scene, self._shot.targets[t]
+        scene.go_to(t)
+        self._camera.lookat[:] = target
+        # Runners leave the floor that the model has. It comes along by whole repetitions of its pattern.
+        for plane in scene.planes:
+            material = scene.model.geom_matid[plane]
+            if scene.follows and material >= 0:
+                period = 2 * scene.model.geom_size[plane, :2] / np.maximum(scene.model.mat_texrepeat[material], 1e-6)
+                shift = period * np.round(target[:2] / np.maximum(period, 1e-6))
+                scene.data.geom_xpos[plane, :2] = scene.model.geom_pos[plane, :2] + shift
+        self._renderer.update_scene(scene.data, self._camera)
         return Image.fromarray(self._renderer.render())
-
-    def close(self) -> None:
-        self._renderer.close()
