@@ -87,7 +87,7 @@ def lanes_of(path, algorithm: Algorithm, lanes: Sequence[int] | None = None) -> 
     num_lanes = len(columns["seed"])
     for lane in lanes or ():
         if not 0 <= lane < num_lanes:
-            raise RequestError(f"lanes = {lane}: the run {path} has 0 to {num_lanes - 1}")
+            raise RequestError(f"--lane {lane}: the run {path} has 0 to {num_lanes - 1}")
     chosen = np.arange(num_lanes) if lanes is None else np.asarray(lanes)
     return jax.tree.map(lambda x: x[chosen], (policies, columns))
 

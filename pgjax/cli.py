@@ -570,6 +570,8 @@ def _render(argv: list[str]) -> int:
     args = _parse(RenderArgs, argv, "pgjax render", config=(tyro.conf.UseAppendAction,))
     if args.episodes < 1:
         raise RequestError(f"--episodes {args.episodes} must be at least 1")
+    if args.seed < 0:
+        raise RequestError(f"--seed {args.seed} must be at least 0")
     from pgjax.store import read_run
 
     env = args.env or read_run(args.run)["config"]["env"]

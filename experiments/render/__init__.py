@@ -23,7 +23,7 @@ from pgjax.experiments.render.canvas import with_caption
 from pgjax.experiments.render.drawings import Drawing, drawing_of
 from pgjax.experiments.render.episodes import POLICIES, Episode, pick, play
 from pgjax.experiments.render.gif import Pace, encode
-from pgjax.experiments.render.page import Shown, page
+from pgjax.experiments.render.page import Shown, make_page
 
 __all__ = ["Rendered", "render_run"]
 
@@ -93,7 +93,7 @@ def render_run(
         f"What is seen: {drawing.about}.",
     ]
     spread = {name: _spread([episode for episode in episodes if episode.policy == name]) for name in POLICIES}
-    html = page(f"{algorithm.name} on {algorithm.env.name}", lead, pictures, spread, command)
+    html = make_page(f"{algorithm.name} on {algorithm.env.name}", lead, pictures, spread, command)
     with disk_errors(out):
         write_file(out / "index.html", html.encode())
         write_file(out / "episodes.csv", _table(episodes, shown).encode())

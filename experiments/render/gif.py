@@ -54,7 +54,7 @@ class Pace:
 def pace_of(length: int, step_seconds: float | None, max_frames: int = MAX_FRAMES) -> Pace:
     """As few frames left out as fit: in real time where that is smooth, else faster."""
     seconds = step_seconds or DEFAULT_SECONDS
-    every = max(1, math.ceil(length / max_frames), math.ceil(_LEAST_SECONDS / seconds - 1e-9))
+    every = max(1, math.ceil(length / max_frames), math.ceil(_LEAST_SECONDS / seconds - 1e-3))
     shown = every * seconds
     if every > 1:
         shown = min(shown, max(seconds, _SMOOTH_SECONDS))

@@ -34,7 +34,7 @@ class Shown(NamedTuple):
     told: Sequence[str]
 
 
-def page(title: str, lead: Sequence[str], shown: Sequence[Shown], spread: dict[str, str], command: str) -> str:
+def make_page(title: str, lead: Sequence[str], shown: Sequence[Shown], spread: dict[str, str], command: str) -> str:
     """The HTML text, which needs no other file and no network, and may load nothing.
 
     Args: lead: sentences below the title.  spread: of each policy, one sentence on all of its episodes.
