@@ -1,7 +1,9 @@
 """Pictures of episodes: the right ones, with true returns, and drawn where the state says."""
 
+import base64
 import csv
 import io
+import json
 import re
 from html.parser import HTMLParser
 from types import SimpleNamespace
@@ -17,7 +19,7 @@ from pgjax import cli
 from pgjax.evaluation import evaluate
 from pgjax.experiments.evaluate_run import acting, episode_keys, evaluate_run
 from pgjax.experiments.render import bodies, classic, gif, grids, opengl, render_run
-from pgjax.experiments.render.canvas import CAPTION_HEIGHT, HEIGHT, WIDTH, with_caption
+from pgjax.experiments.render.canvas import CAPTION_HEIGHT, HEIGHT, WIDTH, caption_sizes, with_caption
 from pgjax.experiments.render.drawings import drawing_of
 from pgjax.experiments.render.episodes import Episode, pick, play
 from pgjax.experiments.render.gif import encode, pace_of
@@ -320,7 +322,7 @@ def test_a_gif_stays_below_its_size_and_says_so(monkeypatch):
 
 
 def test_long_captions_are_cut():
-    picture = with_caption(Image.new("RGB", (WIDTH, HEIGHT), "white"), ["w" * 300, "short"])
+    picture = with_caption(Image.new("RGB", (WIDTH, HEIGHT), "white"), lines := ["w" * 300, "short"], caption_sizes(lines))
     assert picture.size == (WIDTH, HEIGHT + CAPTION_HEIGHT)
     dark = np.asarray(picture.convert("L"))[HEIGHT + 2 :] < 128
     assert dark[:, :6].sum() == 0 and dark[:, -6:].sum() == 0 and dark.sum() > 100
@@ -453,3 +455,21 @@ def test_choice_of_the_renderer(monkeypatch):
     assert opengl.choose("opengl")[0] == "opengl"
     monkeypatch.setattr(opengl, "find_backend", lambda: ("egl", "NVIDIA H200"))
     assert opengl.choose("auto") == ("opengl", "NVIDIA H200")
+
+
+def test_the_viewer_has_every_body_where_it_is():
+    env, drawing, episode = hopper_episode(angle=0.3, x=7.0)
+    text = drawing.viewer("</script><b>", episode, env.step_seconds)
+    parsed = Page(text)
+    assert parsed.loads == [] and "b" not in parsed.tags and not re.search(r"https?://", text)
+    data = json.loads(re.search(r'id="scene">(.*?)</script>', text).group(1))
+    scene = bodies.Scene(bodies.simulation_of(env), episode.view)
+    scene.go_to(1)
+    place = np.frombuffer(base64.b64decode(data["place"]), "<f4").reshape(4, len(scene.shapes), 3)
+    turn = np.frombuffer(base64.b64decode(data["turn"]), "<f4").reshape(4, len(scene.shapes), 4)
+    np.testing.assert_allclose(place[1], scene.data.geom_xpos[scene.shapes], atol=1e-5)
+    turned = np.stack([bodies._matrix(quaternion) for quaternion in turn[1]])
+    np.testing.assert_allclose(turned.reshape(-1, 9), scene.data.geom_xmat[scene.shapes], atol=1e-5)
+    assert [shape["kind"] for shape in data["shapes"]] == ["capsule"] * 4
+    assert data["step"] == [0, 1, 2, 3] and data["return"] == [0, 1, 2, 3] and data["floor"] == 0
+    assert data["seconds"] == pytest.approx(0.008)

@@ -1,6 +1,7 @@
 """``pgjax render``: what a trained policy does, as pictures.
 
     OUT/mode-best.gif ...   the best, the median and the worst episode by return, of the mode and of the sampled policy
+    OUT/mode-best.html ...  the same to be looked at from any side, for simulations of rigid bodies
     OUT/index.html          all six side by side; needs no network and no other file
     OUT/episodes.csv        return and length of every episode that was played, and which of them are shown
 
@@ -19,7 +20,7 @@ import numpy as np
 from pgjax.checkpoints import disk_errors, write_file
 from pgjax.errors import RequestError
 from pgjax.experiments.evaluate_run import acting, episode_keys
-from pgjax.experiments.render.canvas import with_caption
+from pgjax.experiments.render.canvas import caption_sizes, with_caption
 from pgjax.experiments.render.drawings import Drawing, drawing_of
 from pgjax.experiments.render.episodes import POLICIES, Episode, pick, play
 from pgjax.experiments.render.gif import Pace, encode
@@ -85,6 +86,13 @@ def render_run(
             picture = _picture(algorithm, drawing, episode, name, num_episodes, which)
             with disk_errors(out):
                 write_file(out / picture.name, picture.content)
+                if drawing.viewer is not None:
+                    title = (
+                        f"{algorithm.name} on {algorithm.env.name}: {name} episode of the {of_policy} policy, {picture.told[0]}"
+                    )
+                    html = drawing.viewer(title, episode, getattr(algorithm.env, "step_seconds", None))
+                    picture = picture._replace(viewer=str(Path(picture.name).with_suffix(".html")))
+                    write_file(out / picture.viewer, html.encode())
             pictures.append(picture)
             say(f"{out / picture.name}: {', '.join(picture.told)}, {len(picture.content) / 1e6:.1f} MB")
     lead = [
@@ -106,10 +114,13 @@ def _picture(algorithm, drawing: Drawing, episode: Episode, name: str, num_episo
     # Numbers that grow would push the text about.
     width = max(len(_number(value)) for value in (returns.min(), returns.max()))
 
-    def frame(t: int, pace: Pace):
+    def caption(t: int, pace: Pace) -> list[str]:
         where = f"{name} of {num_episodes} · return {_number(returns[t]):>{width}} · step {t:>{len(str(episode.length))}}"
-        line = f"{where} of {episode.length}" + (f" · {pace}" if str(pace) else "")
-        return with_caption(paint(t), [head, line])
+        return [head, f"{where} of {episode.length}" + (f" · {pace}" if str(pace) else "")]
+
+    def frame(t: int, pace: Pace):
+        # The last line is about as long as any, and type must not change its size from frame to frame.
+        return with_caption(paint(t), caption(t, pace), caption_sizes(caption(episode.length, pace)))
 
     content, pace = encode(frame, episode.length, getattr(env, "step_seconds", None))
     told = [f"return {_number(episode.return_)}", f"{episode.length} steps", f"episode {episode.index}"]
@@ -124,10 +135,11 @@ def _number(value: float) -> str:
 def _spread(episodes: Sequence[Episode]) -> str:
     returns = np.array([episode.return_ for episode in episodes])
     lengths = np.array([episode.length for episode in episodes])
+    steps = f"{lengths.min()} to {lengths.max()}" if lengths.min() < lengths.max() else str(lengths[0])
     ended = sum(episode.terminated for episode in episodes)
     return (
         f"{len(episodes)} episodes: mean return {_number(returns.mean())}, from {_number(returns.min())} to "
-        f"{_number(returns.max())}; {lengths.min()} to {lengths.max()} steps; {ended} ended by the task, "
+        f"{_number(returns.max())}; {steps} steps; {ended} ended by the task, "
         f"{len(episodes) - ended} by the time limit."
     )
 

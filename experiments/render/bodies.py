@@ -161,7 +161,7 @@ class Scene:
         self._views = views
         self._at: int | None = None
         model = self.model
-        seen = (model.geom_group < _HIDDEN_GROUP) & (self._colors()[:, 3] > 0)
+        seen = (model.geom_group < _HIDDEN_GROUP) & (self.colors()[:, 3] > 0)
         planes = model.geom_type == _PLANE
         self.shapes = np.flatnonzero(seen & ~planes)
         self.planes = np.flatnonzero(seen & planes)
@@ -227,13 +227,13 @@ class Scene:
         for geom in self.shapes:
             points = (_extremes(self.model, self.data, geom, axes) - target) @ axes.T
             outlines.append((points[:, 2].min() + points[:, 2].mean(), geom, points[:, :2]))
-        colors = self._colors()
+        colors = self.colors()
         for _, geom, points in sorted(outlines, key=lambda outline: -outline[0]):
-            color = _mixed(colors[geom])
-            canvas.polygon(_hull(points), color, _darker(color), 1.2)
+            color = mixed(colors[geom])
+            canvas.polygon(_hull(points), color, darker(color), 1.2)
         return canvas
 
-    def _colors(self) -> np.ndarray:
+    def colors(self) -> np.ndarray:
         """[G, 4], of the material where a geom has one."""
         material = self.model.geom_matid
         colors = np.array(self.model.geom_rgba)
@@ -243,7 +243,7 @@ class Scene:
         return colors
 
     def _ground(self, canvas: Canvas, shot: Shot, target: np.ndarray) -> None:
-        floors = self._floors()
+        floors = self.floors()
         half = np.array([WIDTH, HEIGHT]) / canvas.scale / 2
         step = _round_step(shot.height / 5)
         if shot.is_side:
@@ -266,13 +266,13 @@ class Scene:
 
     def _shadows(self, canvas: Canvas, axes: np.ndarray, target: np.ndarray) -> None:
         """What a light from straight above leaves dark of the floor: it tells how high a body is."""
-        for floor in self._floors()[:1]:
+        for floor in self.floors()[:1]:
             for geom in self.shapes:
                 points = _extremes(self.model, self.data, geom, np.eye(3))
                 points[:, 2] = self.data.geom_xpos[floor][2]
                 canvas.polygon(_hull((points - target) @ axes[:2].T), _SHADOW)
 
-    def _floors(self) -> list[int]:
+    def floors(self) -> list[int]:
         return [plane for plane in self.planes if self.data.geom_xmat[plane].reshape(3, 3)[2, 2] > 0.99]
 
     def _tiles(self, canvas: Canvas, shot: Shot, target: np.ndarray, half, step: float, level: float) -> None:
@@ -375,10 +375,10 @@ def _hull(points: np.ndarray) -> list[tuple[float, float]]:
     return chain(ordered) + chain(reversed(ordered))
 
 
-def _mixed(rgba: np.ndarray) -> tuple[int, int, int]:
+def mixed(rgba: np.ndarray) -> tuple[int, int, int]:
     """A colour on white paper."""
     return tuple(int(255 * (1 - rgba[3] + rgba[3] * c)) for c in np.clip(rgba[:3], 0, 1))  # pyright: ignore[reportReturnType]
 
 
-def _darker(color: tuple[int, int, int]) -> tuple[int, int, int]:
+def darker(color: tuple[int, int, int]) -> tuple[int, int, int]:
     return tuple(int(0.55 * c) for c in color)  # pyright: ignore[reportReturnType]

@@ -96,18 +96,19 @@ def fitting(low: Point, high: Point, width: int = WIDTH, height: int = HEIGHT, m
     return Canvas(((x0 + x1) / 2, (y0 + y1) / 2), scale, width, height)
 
 
-def with_caption(picture: Image.Image, lines: Sequence[str]) -> Image.Image:
-    """The picture with two lines of text below it; a line that is too long is set smaller, and in the end cut."""
+def caption_sizes(lines: Sequence[str], width: int = WIDTH) -> list[int]:
+    """The size of type in which each line of a caption fits below a picture, or nearly."""
+    return [next((size for size in (12, 11, 10) if _font(size).getlength(line) <= width - 12), 9) for line in lines]
+
+
+def with_caption(picture: Image.Image, lines: Sequence[str], sizes: Sequence[int]) -> Image.Image:
+    """The picture with two lines of text below it, of these sizes of type; what does not fit is cut."""
     whole = Image.new("RGB", (picture.width, picture.height + CAPTION_HEIGHT), "white")
     whole.paste(picture, (0, 0))
     draw = ImageDraw.Draw(whole)
     draw.line([(0, picture.height), (whole.width, picture.height)], fill=FAINT)
-    for number, line in enumerate(lines):
-        font = _font(12)
-        for size in (12, 11, 10, 9):
-            font = _font(size)
-            if font.getlength(line) <= whole.width - 12:
-                break
+    for number, (line, size) in enumerate(zip(lines, sizes, strict=True)):
+        font = _font(size)
         while font.getlength(line) > whole.width - 12:
             line = line[:-2].rstrip(".") + "…"
         draw.text((6, picture.height + 6 + number * _LINE), line, fill=INK, font=font)

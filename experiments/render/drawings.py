@@ -21,11 +21,13 @@ class Drawing:
 
     about: what is seen, in words.  view: what has to be kept of each step, for ``episodes.play``.
     painter: ``episode -> (time from 0 to T -> picture)``.
+    viewer: ``(title, episode, seconds of a step or None) -> HTML``, a page to look at it from any side; None if it is flat.
     """
 
     about: str
     view: View
     painter: Callable[[Episode], Paint]
+    viewer: Callable[[str, Episode, float | None], str] | None = None
 
 
 def drawing_of(env, renderer: str = "plain") -> Drawing:
@@ -89,8 +91,14 @@ def _bodies(simulation, renderer: str) -> Drawing:
             return Camera(scene, shot).draw
         return lambda t: scene.draw(t, shot).finish()
 
+    def viewer(title: str, episode: Episode, step_seconds: float | None) -> str:
+        from pgjax.experiments.render.viewer import viewer_page
+
+        scene = Scene(simulation, episode.view)
+        return viewer_page(title, scene, scene.shot(), episode.returns, step_seconds)
+
     about = "drawn by MuJoCo's renderer" if renderer == "opengl" else "outlines of the bodies, drawn without OpenGL"
-    return Drawing(about, simulation.view, painter)
+    return Drawing(about, simulation.view, painter, viewer)
 
 
 def _bars(episode: Episode) -> Paint:

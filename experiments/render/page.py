@@ -25,13 +25,15 @@ small { color: #666; }
 
 
 class Shown(NamedTuple):
-    """One picture. name: of the file.  policy, pick: what it shows.  told: facts below it, in the order of reading."""
+    """One picture. name: of the file.  policy, pick: what it shows.  told: facts below it, in the order of reading.
+    viewer: file beside the page in which it can be looked at from any side, if there is one."""
 
     name: str
     policy: str
     pick: str
     content: bytes
     told: Sequence[str]
+    viewer: str = ""
 
 
 def make_page(title: str, lead: Sequence[str], shown: Sequence[Shown], spread: dict[str, str], command: str) -> str:
@@ -70,9 +72,10 @@ def make_page(title: str, lead: Sequence[str], shown: Sequence[Shown], spread: d
 def _figure(one: Shown) -> str:
     data = base64.b64encode(one.content).decode()
     head, *rest = one.told
+    link = f'<br><a href="{esc(one.viewer)}">from any side</a>' if one.viewer else ""
     return (
         f'<figure>\n<img src="data:image/gif;base64,{data}" alt="{esc(f"{one.pick} episode of the {one.policy} policy")}">\n'
         f"<figcaption><b>{esc(one.pick)}: {esc(head)}</b><br>"
-        f"<small>{esc(', '.join(rest))} ({esc(one.name)})</small></figcaption>\n"
+        f"<small>{esc(', '.join(rest))} ({esc(one.name)})</small>{link}</figcaption>\n"
         "</figure>"
     )
