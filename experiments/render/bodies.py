@@ -44,7 +44,7 @@ def simulation_of(env) -> Simulation | None:
     """The simulation behind an environment, or None if it is not one of rigid bodies."""
     if hasattr(env, "integration_state"):
         return _of_c_mujoco(env)
-    source = getattr(env, "source", None)
+    source: Any = getattr(env, "source", None)
     if isinstance(source, mujoco.MjModel):
         return _of_mjx(env, source)
     kind = {cls.__module__.partition(".")[0] for cls in type(source).__mro__}
@@ -114,8 +114,10 @@ def _derive(model, data) -> None:
 
 
 def _matrix(quaternion) -> np.ndarray:
-    matrix = np.empty(9)
-    mujoco.mju_quat2Mat(matrix, np.asarray(quaternion, np.float64))
+    quaternion, matrix = np.array(quaternion, np.float64), np.empty(9)
+    # Brax adds noise to the first one of an episode and leaves it as it is.
+    mujoco.mju_normalize4(quaternion)
+    mujoco.mju_quat2Mat(matrix, quaternion)
     return matrix.reshape(3, 3)
 
 
@@ -163,8 +165,8 @@ class Scene:
         model = self.model
         seen = (model.geom_group < _HIDDEN_GROUP) & (self.colors()[:, 3] > 0)
         planes = model.geom_type == _PLANE
-        self.shapes = np.flatnonzero(seen & ~planes)
-        self.planes = np.flatnonzero(seen & planes)
+        self.shapes: list[int] = np.flatnonzero(seen & ~planes).tolist()
+        self.planes: list[int] = np.flatnonzero(seen & planes).tolist()
         self.num_states = len(jax.tree.leaves(views)[0])
         self._body = _wanderer(model)
 
@@ -189,7 +191,7 @@ class Scene:
         shot = Shot(azimuth, elevation, np.zeros((self.num_states, 3)), 1.0)
         body = self._body
         moving = [g for g in self.shapes if self.model.body_weldid[self.model.geom_bodyid[g]] > 0]
-        watched = moving if body is not None and moving else list(self.shapes)
+        watched = moving if body is not None and moving else self.shapes
         lows, highs, roots = [], [], []
         for t in _some(self.num_states):
             self.go_to(t)

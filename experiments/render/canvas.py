@@ -16,8 +16,9 @@ _FINER = 2
 BLUE, RED, GREEN, PINK, SKY, ORANGE = "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00"
 INK, GREY, FAINT, PALE = "#222222", "#888888", "#cccccc", "#eeeeee"
 
-Color = str | tuple[int, int, int]
-Point = Sequence[float]
+Color = str | tuple[int, ...]
+Point = Sequence[float] | np.ndarray
+Points = Sequence[Point] | np.ndarray
 
 
 class Canvas:
@@ -37,7 +38,7 @@ class Canvas:
         y = self.height / 2 - (point[1] - self.center[1]) * self.scale
         return x, y
 
-    def line(self, points: Sequence[Point], color: Color, width: float) -> None:
+    def line(self, points: Points, color: Color, width: float) -> None:
         """A line through the points with round ends; width in pixels."""
         fine = [self._fine(point) for point in points]
         thick = max(1, round(width * _FINER))
@@ -46,7 +47,7 @@ class Canvas:
             for end in (fine[0], fine[-1]):
                 self._dot(end, thick / 2, color)
 
-    def polygon(self, points: Sequence[Point], color: Color | None, outline: Color | None = None, width: float = 1) -> None:
+    def polygon(self, points: Points, color: Color | None, outline: Color | None = None, width: float = 1) -> None:
         fine = [self._fine(point) for point in points]
         self._draw.polygon(fine, fill=color, outline=outline, width=max(1, round(width * _FINER)))
 
@@ -62,16 +63,16 @@ class Canvas:
 
     def arrow(self, start: Point, end: Point, color: Color, width: float = 3) -> None:
         """A line with a head at its end; nothing where it has no length."""
-        start, end = np.asarray(start, float), np.asarray(end, float)
-        length = np.linalg.norm(end - start)
+        tail, tip = np.asarray(start, float), np.asarray(end, float)
+        length = float(np.linalg.norm(tip - tail))
         if length * self.scale < 1:
             return
-        along = (end - start) / length
+        along = (tip - tail) / length
         across = np.array([-along[1], along[0]])
         head = min(3.2 * width / self.scale, length)
-        back = end - head * along
-        self.line([start, back], color, width)
-        self.polygon([end, back + 0.6 * head * across, back - 0.6 * head * across], color)
+        back = tip - head * along
+        self.line([tail, back], color, width)
+        self.polygon([tip, back + 0.6 * head * across, back - 0.6 * head * across], color)
 
     def text(self, place: Point, text: str, color: Color = INK, size: int = 11, anchor: str = "mm") -> None:
         """``anchor`` as Pillow has it: which point of the text is at the place."""

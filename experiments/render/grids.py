@@ -16,7 +16,11 @@ _TRAIL, _PINK = (95, 100, 115), (220, 140, 190)
 CHANNELS: dict[str, Sequence[tuple[str, tuple[int, int, int]]]] = {
     "MinAsterix": (("player", _BLUE), ("enemy", _RED), ("trail", _TRAIL), ("gold", _YELLOW)),
     "MinBreakout": (("paddle", _BLUE), ("ball", _WHITE), ("trail", _TRAIL), ("brick", _RED)),
-    "MinFreeway": (("chicken", _YELLOW), ("car", _RED), *((f"speed {i}", (55 + 22 * i,) * 3) for i in range(1, 6))),
+    "MinFreeway": (
+        ("chicken", _YELLOW),
+        ("car", _RED),
+        *((f"speed {i}", (55 + 22 * i, 55 + 22 * i, 55 + 22 * i)) for i in range(1, 6)),
+    ),
     "MinSpaceInvaders": (
         *(("cannon", _BLUE), ("alien", _RED), ("", _TRAIL), ("", _TRAIL)),  # which way the aliens move
         *(("own shot", _YELLOW), ("alien shot", _PINK)),
