@@ -61,6 +61,8 @@ class AutoReset:
             environments whose ``start`` costs many steps.
         advance_uses_key: whether ``advance`` draws random numbers. Without one, the step's key goes to the restart
             unsplit, which saves a round of key hashing per step. None traces ``advance`` once to find out.
+        source: what the adapter made this of, such as the library's own environment; pictures are drawn from it.
+        step_seconds: simulated time of a step, where the environment has a clock.
 
     Raises:
         RequestError: unknown ``reset_mode``.
@@ -83,6 +85,8 @@ class AutoReset:
         reset_mode: str = "exact",
         advance_uses_key: bool | None = None,
         refresh_size: int | None = None,
+        source: Any = None,
+        step_seconds: float | None = None,
     ):
         if reset_mode not in RESET_MODES:
             raise RequestError(f"reset_mode = {reset_mode!r} is unknown: {close_names(str(reset_mode), RESET_MODES)}")
@@ -93,6 +97,8 @@ class AutoReset:
         self.default_params = default_params
         self.reset_mode = reset_mode
         self.refresh_size = refresh_size
+        self.source = source
+        self.step_seconds = step_seconds
         self._start = start
         self._advance = advance
         if advance_uses_key is None:
@@ -156,14 +162,8 @@ class AutoReset:
         """``step`` with random numbers from ``presample``: its result for keys [B], or one row of that for [T, B]."""
         pooled = self.reset_mode == "pool"
         key_advance, restart = drawn
-        state = env_state.state if pooled else env_state
-        advanced, final_obs, reward, terminated, truncated, metrics = jax.vmap(self._advance, (0, 0, 0, None))(
-            key_advance, state, action, params
-        )
-        advanced = _keep_dtypes(advanced, state)
-        final_obs = _as(final_obs, jnp.float32)
-        terminated = _as(terminated, jnp.bool_)
-        truncated = _as(truncated, jnp.bool_) & ~terminated
+        advanced, timestep = self._advance_all(key_advance, self.running(env_state), action, params)
+        _, reward, terminated, truncated, final_obs, metrics = timestep
 
         if pooled:
             pick = restart % np.uint32(env_state.pool_obs.shape[0])
@@ -173,7 +173,31 @@ class AutoReset:
         ended = terminated | truncated
         state, obs = jax.tree.map(lambda new, old: _where(ended, new, old), (fresh, fresh_obs), (advanced, final_obs))
         env_state = env_state.replace(state=state) if pooled else state
-        return env_state, TimeStep(obs, _as(reward, jnp.float32), terminated, truncated, final_obs, metrics)
+        return env_state, TimeStep(obs, reward, terminated, truncated, final_obs, metrics)
+
+    def advance(self, key: jax.Array, env_state: PyTree, action: jax.Array, params: PyTree) -> tuple[PyTree, TimeStep]:
+        """``step`` with the same keys, but nothing is started anew: for whoever wants to see how an episode ends.
+
+        Returns: ``env_state``, of the last step of an episode too, and a ``TimeStep`` whose ``obs`` is its ``final_obs``.
+        What follows after an episode's end means nothing.
+        """
+        key_advance = jax.vmap(lambda key: jax.random.split(key)[0])(key) if self._advance_uses_key else None
+        advanced, timestep = self._advance_all(key_advance, self.running(env_state), action, params)
+        return env_state.replace(state=advanced) if self.reset_mode == "pool" else advanced, timestep
+
+    def running(self, env_state: PyTree) -> PyTree:
+        """The states of the B environments, as the adapter's ``start`` and ``advance`` have them, [B, ...]."""
+        return env_state.state if self.reset_mode == "pool" else env_state
+
+    def _advance_all(self, key: PyTree, state: PyTree, action: jax.Array, params: PyTree) -> tuple[PyTree, TimeStep]:
+        advanced, final_obs, reward, terminated, truncated, metrics = jax.vmap(self._advance, (0, 0, 0, None))(
+            key, state, action, params
+        )
+        final_obs = _as(final_obs, jnp.float32)
+        terminated = _as(terminated, jnp.bool_)
+        truncated = _as(truncated, jnp.bool_) & ~terminated
+        timestep = TimeStep(final_obs, _as(reward, jnp.float32), terminated, truncated, final_obs, metrics)
+        return _keep_dtypes(advanced, state), timestep
 
     def refresh(self, key: jax.Array, env_state: PyTree, params: PyTree) -> PyTree:
         """Draws the pool anew from one key, leaving running episodes alone; the identity in mode ``"exact"``."""

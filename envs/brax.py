@@ -99,6 +99,8 @@ def from_brax(env, episode_length: int = 1000, reset_mode: str = "pool", name: s
         default_params=params,
         reset_mode=reset_mode,
         advance_uses_key=False,
+        source=env,
+        step_seconds=float(env.dt) if hasattr(env, "dt") else None,
     )
 
 

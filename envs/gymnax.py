@@ -89,6 +89,8 @@ def from_gymnax(
         default_params=params,
         reset_mode=reset_mode,
         advance_uses_key=key_used,
+        source=env,
+        step_seconds=_seconds(params),
     )
 
 
@@ -117,6 +119,12 @@ def _concrete(leaf):
     leaf = np.asarray(leaf)
     kind = {"f": np.float32, "i": np.int32, "u": np.uint32, "b": np.bool_}.get(leaf.dtype.kind, leaf.dtype)
     return kind(leaf) if isinstance(kind, type) else leaf
+
+
+def _seconds(params) -> float | None:
+    # The names that classic control has for it; the other environments have no clock.
+    names = [name for name in ("tau", "dt") if np.ndim(getattr(params, name, ())) == 0 and hasattr(params, name)]
+    return float(getattr(params, names[0])) if names else None
 
 
 def _kind(space) -> str:

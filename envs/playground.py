@@ -125,6 +125,8 @@ def from_playground(
         reset_mode=reset_mode,
         advance_uses_key=False,
         refresh_size=refresh_size,
+        source=env,
+        step_seconds=float(env.dt) * action_repeat,
     )
 
 

@@ -26,24 +26,10 @@ def evaluate_run(
     they replace the run's own if given.  num_episodes: of each policy.  seed: of the episodes.  lanes: see ``lanes_of``.
     Raises: RequestError if there is no such run or lane, or the spaces differ.
     """
-    spec = RunSpec.from_config(read_run(path)["config"])
-    trained = spec.build()
-    policies, columns = lanes_of(path, trained, lanes)
-    options = env_options or (spec.env_options if env is None else {})
-    where = pgjax.make_env(env or spec.env, **options)
-    if spec.env_params and env is None:
-        where = with_params(where, spec.env_params)
-    for space in ("observation_space", "action_space"):
-        there, here = getattr(where, space), getattr(trained.env, space)
-        if there.shape != here.shape or type(there) is not type(here) or getattr(there, "num", 0) != getattr(here, "num", 0):
-            raise RequestError(f"--env {where.name}: its {space} {there} is not the run's, {here}")
-    algorithm = trained._replace(env=where)
-    # The action map belongs to the environment the policy acts in.
-    algorithm = algorithm._replace(act=pgjax.make(spec.algorithm, where, **spec.setup).act)
-
+    algorithm, policies, columns = acting(path, env, env_options, lanes)
     num_lanes = len(columns["seed"])
-    spread = lanes_.Spread(num_lanes, lanes_.choose_devices(num_lanes, where.host_callback))
-    keys = jax.vmap(lambda s: jax.random.fold_in(jax.random.key(seed), s))(columns["seed"].astype(np.uint32))
+    spread = lanes_.Spread(num_lanes, lanes_.choose_devices(num_lanes, algorithm.env.host_callback))
+    keys = episode_keys(seed, columns)
     run_lane = jax.jit(spread.map(lambda policy, key: evaluate(algorithm, policy, key, num_episodes), 2))
     episodes = spread.take(run_lane(*spread.put(spread.pad((policies, keys)))))
     frames = []
@@ -63,6 +49,35 @@ def evaluate_run(
     return pd.concat(frames, ignore_index=True)
 
 
+def acting(
+    path, env: str | None = None, env_options: dict | None = None, lanes: Sequence[int] | None = None
+) -> tuple[Algorithm, PyTree, dict[str, np.ndarray]]:
+    """What acts in a run's environment, or in another one; the arguments are those of ``evaluate_run``.
+
+    Returns: the algorithm, on that environment; policies [L, ...]; columns config [L] and seed [L].
+    Raises: RequestError as ``evaluate_run`` does.
+    """
+    spec = RunSpec.from_config(read_run(path)["config"])
+    trained = spec.build()
+    policies, columns = lanes_of(path, trained, lanes)
+    options = env_options or (spec.env_options if env is None else {})
+    where = pgjax.make_env(env or spec.env, **options)
+    if spec.env_params and env is None:
+        where = with_params(where, spec.env_params)
+    for space in ("observation_space", "action_space"):
+        there, here = getattr(where, space), getattr(trained.env, space)
+        if there.shape != here.shape or type(there) is not type(here) or getattr(there, "num", 0) != getattr(here, "num", 0):
+            raise RequestError(f"--env {where.name}: its {space} {there} is not the run's, {here}")
+    algorithm = trained._replace(env=where)
+    # The action map belongs to the environment the policy acts in.
+    return algorithm._replace(act=pgjax.make(spec.algorithm, where, **spec.setup).act), policies, columns
+
+
+def episode_keys(seed: int, columns: dict[str, np.ndarray]) -> jax.Array:
+    """Keys [L] of ``evaluate`` for the lanes with these columns; a lane's is the same whichever others are asked for."""
+    return jax.vmap(lambda s: jax.random.fold_in(jax.random.key(seed), s))(columns["seed"].astype(np.uint32))
+
+
 def lanes_of(path, algorithm: Algorithm, lanes: Sequence[int] | None = None) -> tuple[PyTree, dict[str, np.ndarray]]:
     """``policies_of`` the lanes at these places of a run, from 0 on; of all if None.
 
@@ -72,7 +87,7 @@ def lanes_of(path, algorithm: Algorithm, lanes: Sequence[int] | None = None) -> 
     num_lanes = len(columns["seed"])
     for lane in lanes or ():
         if not 0 <= lane < num_lanes:
-            raise RequestError(f"lanes = {lane}: the run {path} has 0 to {num_lanes - 1}")
+            raise RequestError(f"--lane {lane}: the run {path} has 0 to {num_lanes - 1}")
     chosen = np.arange(num_lanes) if lanes is None else np.asarray(lanes)
     return jax.tree.map(lambda x: x[chosen], (policies, columns))
 

@@ -546,7 +546,7 @@ def _reproduce(argv: list[str]) -> int:
     return 0 if reproduce(args.paper, args.scale, options, record=args.record) else _EXIT_FAILED
 
 
-# --- eval, plot, list, doctor, bench
+# --- eval, render, plot, list, doctor, bench
 
 
 @dataclasses.dataclass
@@ -584,6 +584,70 @@ def _eval(argv: list[str]) -> int:
     if args.csv:
         frame.to_csv(args.csv, index=False)
     print(summary_table(frame))
+    return 0
+
+
+@dataclasses.dataclass
+class RenderArgs:
+    """Draw what a policy of a run does: its best, median and worst episode, with the mode and with sampled actions, as GIFs
+    and on one page."""
+
+    run: Path
+    """Folder of the run."""
+    out: Path | None = None
+    """Folder to write into; render in the run's folder if not given."""
+    episodes: int = 16
+    """Episodes of each policy, of which three are shown."""
+    seed: int = 0
+    """Seed of the episodes; they are those of pgjax eval with the same seed and number."""
+    lane: int = 0
+    """Which policy of the run, from 0 on: all seeds of the first configuration, then those of the next."""
+    env: str | None = None
+    """Another environment to act in; its spaces must be the same."""
+    env_option: list[str] = dataclasses.field(default_factory=list)
+    """K=V, an argument of the environment; may be repeated."""
+    renderer: Literal["auto", "plain", "opengl"] = "auto"
+    """Of rigid bodies (brax, mujoco, playground): MuJoCo's own by OpenGL, plain drawings that need none, or whichever suits
+    this machine."""
+
+
+def _render(argv: list[str]) -> int:
+    import tyro
+
+    from pgjax import lanes
+
+    words = ["pgjax", "render", *argv]
+    argv = [f"--run={argv[0]}", *argv[1:]] if argv and not argv[0].startswith("-") else argv
+    args = _parse(RenderArgs, argv, "pgjax render", config=(tyro.conf.UseAppendAction,))
+    if args.episodes < 1:
+        raise RequestError(f"--episodes {args.episodes} must be at least 1")
+    if args.seed < 0:
+        raise RequestError(f"--seed {args.seed} must be at least 0")
+    from pgjax.store import read_run
+
+    env = args.env or read_run(args.run)["config"]["env"]
+    renderer, why = "plain", ""
+    if not env.startswith("gymnax/"):
+        from pgjax.experiments.render.opengl import choose
+
+        renderer, why = choose(args.renderer)
+    lanes.use_host_devices()
+    lanes.use_compilation_cache()
+    from pgjax.experiments.render import render_run
+
+    rendered = render_run(
+        args.run,
+        args.out,
+        env=args.env,
+        env_options=_pairs("--env-option", args.env_option),
+        num_episodes=args.episodes,
+        seed=args.seed,
+        lane=args.lane,
+        renderer=renderer,
+        why=why,
+        command=shlex.join(words),
+    )
+    print(rendered.page)
     return 0
 
 
@@ -726,6 +790,7 @@ COMMANDS: dict[str, tuple[Callable[[list[str]], int], str]] = {
     "sweep": (_sweep, "run, watch and report many configurations described in one file"),
     "reproduce": (_reproduce, "put a paper's published numbers beside ours"),
     "eval": (_eval, "evaluate the saved policies of a run"),
+    "render": (_render, "draw what a policy of a run does, as GIFs and one page"),
     "plot": (_plot, "draw learning curves of runs"),
     "report": (_report, "write one page on many runs, with figures, tables and commands"),
     "list": (_list, "list envs, algorithms, presets or papers"),

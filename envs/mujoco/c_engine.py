@@ -41,6 +41,8 @@ if mujoco.get_mju_user_warning() is None:
 
 _STATE = int(mujoco.mjtState.mjSTATE_INTEGRATION)
 _SIZES_KEPT = 4
+# In place of whether an environment's time is up: it is not to be started anew, whatever happens.
+_NEVER = 2
 _NO_STAGE = int(mujoco.mjtStage.mjSTAGE_NONE)
 
 
@@ -85,6 +87,7 @@ class CMujoco:
         self.model = model
         self.task = task
         self.max_episode_steps = int(episode_length)
+        self.step_seconds = float(model.opt.timestep) * task.frame_skip
         self.default_params = Params(np.asarray(episode_length, np.int32))  # pyright: ignore[reportArgumentType]
         self._pool = _Pool(model, task, num_threads or len(os.sched_getaffinity(0)))
         self.observation_space = Box((self._pool.observation_size,))
@@ -120,12 +123,27 @@ class CMujoco:
 
     def step_presampled(self, drawn: jax.Array, env_state: State, action: jax.Array, params: Params) -> tuple[State, TimeStep]:
         """``step`` with one row of what ``presample`` drew."""
+        return self._step(drawn, env_state, action, params, restarts=True)
+
+    def advance(self, key: jax.Array, env_state: State, action: jax.Array, params: Params) -> tuple[State, TimeStep]:
+        """``step`` with the same keys, but nothing is started anew: for whoever wants to see how an episode ends.
+
+        The ``obs`` of the result is its ``final_obs``; what follows after an episode's end means nothing.
+        """
+        return self._step(self.presample(key, params), env_state, action, params, restarts=False)
+
+    def integration_state(self, env_state: State) -> jax.Array:
+        """MuJoCo's integration state of each environment, for ``mj_setState``: float64 [B, S] as uint32 [B, 2 * S]."""
+        return env_state.bits[:, : 2 * self._pool.num_state]
+
+    def _step(self, drawn, env_state: State, action, params: Params, *, restarts: bool) -> tuple[State, TimeStep]:
         steps = env_state.steps + 1
         out_of_time = steps >= params.max_episode_steps
+        ending = out_of_time.astype(jnp.uint32) if restarts else jnp.full_like(steps, _NEVER, jnp.uint32)
         finite = jnp.isfinite(action).all(-1)
         action = jnp.where(finite[:, None], action, 0.0).astype(jnp.float32)
         # One argument and one result, because each argument more costs 65 microseconds per call.
-        words = [env_state.bits, _words(action), _words(drawn), out_of_time[:, None].astype(jnp.uint32)]
+        words = [env_state.bits, _words(action), _words(drawn), ending[:, None]]
         result = jax.ShapeDtypeStruct((*steps.shape, self._pool.num_result_words), jnp.uint32)
         out = jax.pure_callback(self._pool.step, result, jnp.concatenate(words, -1), vmap_method="broadcast_all")
         bits, terminated, floats = jnp.split(out, [self._pool.num_words, self._pool.num_words + 1], axis=-1)
@@ -136,7 +154,8 @@ class CMujoco:
         metrics = {name: rest[:, 1 + i] for i, name in enumerate(self._pool.metrics)}
         terminated = terminated[:, 0] > 0
         truncated = out_of_time & ~terminated
-        steps = jnp.where(terminated | truncated, 0, steps)
+        if restarts:
+            steps = jnp.where(terminated | truncated, 0, steps)
         return State(bits, steps), TimeStep(obs, reward, terminated, truncated, final_obs, metrics)
 
     def _starts(self, key: jax.Array) -> jax.Array:
@@ -181,8 +200,8 @@ class _Pool:
 
     def step(self, words: Any) -> np.ndarray:
         """words: uint32 [..., W], of each environment the bits of its state, the action, the start of the episode that
-        follows if this one ends, and whether its time is up. Returns uint32 [..., V]: the bits of the new state,
-        terminated, and as float32 obs, final_obs, reward and the metrics.
+        follows if this one ends, and whether its time is up (or ``_NEVER``). Returns uint32 [..., V]: the bits of the new
+        state, terminated, and as float32 obs, final_obs, reward and the metrics.
         """
         words = np.asarray(words)
         leading, words = words.shape[:-1], words.reshape(-1, words.shape[-1])
@@ -190,7 +209,7 @@ class _Pool:
         floats = words.view(np.float32)
         numbers = words[:, : self.num_words].copy().view(np.float64)
         action = floats[:, self.num_words : self.num_words + self.model.nu].astype(np.float64)
-        start, out_of_time = floats[:, self.num_words + self.model.nu : -1], words[:, -1] > 0
+        start, ending = floats[:, self.num_words + self.model.nu : -1], words[:, -1]
         result = np.empty((num, self.num_result_words), np.uint32)
         floats = result[:, self.num_words + 1 :].view(np.float32)
         with self._lock, np.errstate(all="ignore"):
@@ -205,7 +224,7 @@ class _Pool:
             floats[:, 2 * size] = reward
             for i, value in enumerate(metrics.values()):
                 floats[:, 2 * size + 1 + i] = value
-            ended = np.flatnonzero(terminated | out_of_time)
+            ended = np.flatnonzero((terminated | (ending == 1)) & (ending != _NEVER))
             if len(ended):
                 simulations.begin(ended, start[ended])
                 physics = simulations.physics()

@@ -151,6 +151,8 @@ def mjx_env(
         default_params=params,
         reset_mode=reset_mode,
         advance_uses_key=False,
+        source=model,
+        step_seconds=float(model.opt.timestep) * task.frame_skip,
     )
 
 
