@@ -55,6 +55,8 @@ EVALUATIONS = {
     "return": "float64",
     "length": "int32",
 }
+# Columns that say which lane and row a number is of.
+_WHOSE = ("config", "seed", "iteration")
 _KINDS = {"metrics": METRICS, "evaluations": EVALUATIONS}
 # Parts are gathered to about this many rows before they are written on, so that memory stays flat and files readable.
 _MERGE_ROWS = 1 << 16
@@ -517,20 +519,19 @@ def _log_of(rows: "pandas.DataFrame", episodes: "pandas.DataFrame") -> str:
     """What ``log.jsonl`` would say of these lanes."""
     from pgjax.metrics import mean_over_lanes
 
+    num_lanes = max(1, len(np.unique(rows["seed"].to_numpy())))
+    order = np.lexsort((rows["iteration"].to_numpy(), rows["seed"].to_numpy()))
+    columns = {str(name): rows[name].to_numpy()[order].reshape(num_lanes, -1) for name in rows if name not in _WHOSE}
+    means = mean_over_lanes(columns)
     entries = []
-    columns = {str(name): rows[name].to_numpy() for name in rows if name not in ("config", "seed", "iteration")}
-    iterations = np.unique(rows["iteration"].to_numpy())
-    for number, iteration in enumerate(iterations, 1):
-        here = rows["iteration"].to_numpy() == iteration
-        means = mean_over_lanes({name: values[here] for name, values in columns.items()})
-        env_steps = int(means.pop("env_steps"))
-        values = {name: float(value) for name, value in means.items() if np.isfinite(value)}
-        progress = round(number / len(iterations), 6)
-        entries.append({"kind": "row", "env_steps": env_steps, "progress": progress, **values})
+    num_rows = len(row_env_steps := means.pop("env_steps"))
+    for row, env_steps in enumerate(row_env_steps):
+        values = {name: float(value[row]) for name, value in means.items() if np.isfinite(value[row])}
+        entries.append({"kind": "row", "env_steps": int(env_steps), "progress": round((row + 1) / num_rows, 6), **values})
     played_at, played_by = episodes["env_steps"].to_numpy(), episodes["policy"].to_numpy()
     for env_steps in np.unique(played_at):
-        done = sum(entry["kind"] == "row" and entry["env_steps"] <= env_steps for entry in entries)
-        entry = {"kind": "evaluation", "env_steps": int(env_steps), "progress": round(done / max(1, len(iterations)), 6)}
+        done = np.searchsorted(row_env_steps, env_steps, side="right")
+        entry = {"kind": "evaluation", "env_steps": int(env_steps), "progress": round(done / max(1, num_rows), 6)}
         for policy in ("mode", "sample"):
             played = (played_at == env_steps) & (played_by == policy)
             for what in ("return", "length"):

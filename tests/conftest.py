@@ -1,6 +1,7 @@
 """Fixtures for the tests of our own mathematics; third-party environments do not pass the strict ones, so none is global."""
 
 import os
+import signal
 import warnings
 
 # Tests compile much and run little: without LLVM's optimisations a program is ready three times sooner. This must be
@@ -14,6 +15,10 @@ os.environ["XLA_FLAGS"] = " ".join(
     ]
 ).strip()
 
+# A shell that starts the tests in the background has Ctrl-C ignored, which processes that tests start would inherit.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+
 import jax
 import pytest
 
@@ -21,7 +26,7 @@ from pgjax import cli
 
 # The longest files first: `make test` gives whole files to its processes, and one that begins last is waited for.
 _LONGEST = (
-    *("test_probe_learning", "test_contract", "test_runner", "test_envs", "test_playground", "test_compare"),
+    *("test_sweeps", "test_probe_learning", "test_contract", "test_runner", "test_envs", "test_playground", "test_compare"),
     "test_mujoco",
 )
 
