@@ -315,7 +315,7 @@ def test_a_second_driver_is_refused_by_the_name_of_the_first(tmp_path, inline):
     [
         ([], ["run,status,report"]),
         (["go", "x.toml"], ["'go'", "run"]),
-        (["run"], ["name a sweep file", "--file"]),
+        (["run"], ["name a sweep file"]),
         (["run", "nowhere.toml"], ["no file nowhere.toml"]),
         (["run", str(ROOT / "README.md")], ["not TOML"]),
         (["run", str(ROOT / "README.md"), "--engine", "cloud"], ["engine"]),
