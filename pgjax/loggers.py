@@ -12,8 +12,9 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+from pgjax.checkpoints import disk_errors
 from pgjax.errors import RequestError
-from pgjax.store import disk_errors, read_run
+from pgjax.store import read_run
 
 _MODULES = {"tensorboard": "tensorboardX", "wandb": "wandb"}
 _NOT_CURVES = ("kind", "env_steps", "progress", "lanes", "text")
@@ -31,14 +32,17 @@ def require(name: str) -> Any:
 def follow(path: Path, name: str) -> Iterator[Callable[[], None]]:
     """Gives a function that sends what a run's log has gained; call it after each checkpoint. Leaving sends no more.
 
+    The connection is made at once, so that one that cannot be made costs no training.
+
     Lanes that were trained in groups, one after the other, are one curve each group: a run of its own in W&B, a folder of its
     own in TensorBoard.
 
     Args: path: a run's folder.  name: tensorboard or wandb.
+    Raises: RequestError if W&B refuses.
     """
     make = {"tensorboard": _TensorBoard, "wandb": _Wandb}[name]
     log, offset_file = path / "log.jsonl", path / name / "sent"
-    writers: dict[str, Any] = {}
+    writers: dict[str, Any] = {"": make(path, "")}
 
     def send() -> None:
         if not log.exists():

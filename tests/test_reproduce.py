@@ -1,5 +1,6 @@
 """Published numbers beside ours: which verdict is given, from which intervals; nothing is compared that is not alike."""
 
+import dataclasses
 import math
 
 import numpy as np
@@ -12,6 +13,7 @@ from pgjax.experiments.reproduce import measured, paper_file, verdicts
 from pgjax.experiments.reproduce.measured import Measured, dump, load
 from pgjax.experiments.reproduce.paper_file import Claim, ClaimTest, Numbers, Paper, list_papers, read_paper
 from pgjax.experiments.results import Result
+from pgjax.runner import as_hypers
 
 ENV = "mujoco/Hopper-v5"
 FIELDS = dict(
@@ -96,6 +98,13 @@ def test_an_interval_that_was_published_counts():
 def test_what_is_not_alike_gets_no_verdict(fields, verdict, why):
     found = row([100.0], [ours([90.0, 110.0])], **fields)
     assert found.verdict == verdict and why in found.why and math.isnan(found.difference)
+
+
+def test_seeds_that_went_non_finite_are_not_left_out_in_silence():
+    curve = ours([10.0, 20.0, 30.0])
+    lame = dataclasses.replace(curve, result=dataclasses.replace(curve.result, frozen=(3,)))
+    found = row([20.0], [lame])
+    assert found.verdict == "not comparable" and "seeds 3 of ours went non-finite" in found.why
 
 
 def test_one_seed_gets_no_verdict_and_no_number_of_a_seed_without_episodes():
@@ -241,6 +250,26 @@ def test_every_file_can_be_read_and_its_runs_exist():
         assert {entry["numbers"] for entry in paper_.followups if "numbers" in entry} <= {
             entry.name for entry in paper_.numbers
         }
+
+
+@pytest.mark.parametrize(
+    ("name", "one", "other", "own"),
+    [
+        ("spo", "spo", "ppo", set()),
+        ("spo", "spo_deep", "ppo_deep", set()),
+        ("dpo", "dpo", "ppo", {"alpha", "beta", "clip_eps"}),
+    ],
+)
+def test_runs_that_a_claim_compares_differ_in_the_method_alone(name, one, other, own):
+    pairs = read_paper(name).specs("full")
+    for left, right in zip(pairs[one], pairs[other], strict=True):
+        a, b = left.build(), right.build()
+        assert dataclasses.asdict(a.setup) == dataclasses.asdict(b.setup)
+        x, y = (vars(as_hypers(made.hypers, **spec.configs[0])) for made, spec in ((a, left), (b, right)))
+        differ = {field for field in x.keys() | y.keys() if str(x.get(field)) != str(y.get(field))}
+        assert differ - {"objective"} == own
+        for field in ("env", "env_options", "env_params", "total_env_steps", "seeds", "num_evals", "eval_episodes"):
+            assert getattr(left, field) == getattr(right, field), field
 
 
 def test_the_page_is_what_the_command_writes():

@@ -1,12 +1,11 @@
 """The page that shows all episodes side by side: everything inline, everything from a run escaped."""
 
 import base64
-import hashlib
 from collections.abc import Sequence
 from typing import NamedTuple
 
 import pgjax
-from pgjax.experiments.report.tables import esc
+from pgjax.experiments.html_page import document, esc
 
 _STYLE = """
 :root { color-scheme: light; }
@@ -41,8 +40,6 @@ def make_page(title: str, lead: Sequence[str], shown: Sequence[Shown], spread: d
 
     Args: lead: sentences below the title.  spread: of each policy, one sentence on all of its episodes.
     """
-    style = base64.b64encode(hashlib.sha256(_STYLE.encode()).digest()).decode()
-    policy = f"default-src 'none'; img-src data:; style-src 'sha256-{style}'; base-uri 'none'; form-action 'none'"
     sections = "\n".join(
         f'<section>\n<h2>{esc(name.capitalize())} policy</h2>\n<p>{esc(said)}</p>\n<div class="row">\n'
         + "\n".join(_figure(one) for one in shown if one.policy == name)
@@ -50,23 +47,11 @@ def make_page(title: str, lead: Sequence[str], shown: Sequence[Shown], spread: d
         for name, said in spread.items()
     )
     sentences = "\n".join(f"<p>{esc(sentence)}</p>" for sentence in lead)
-    return f"""<!DOCTYPE html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta http-equiv="Content-Security-Policy" content="{policy}">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<title>{esc(title)}</title>
-<style>{_STYLE}</style>
-</head>
-<body>
-<h1>{esc(title)}</h1>
+    body = f"""<h1>{esc(title)}</h1>
 {sentences}
 {sections}
-<p><small>Made by pgjax {esc(pgjax.__version__)}: <code>{esc(command)}</code></small></p>
-</body>
-</html>
-"""
+<p><small>Made by pgjax {esc(pgjax.__version__)}: <code>{esc(command)}</code></small></p>"""
+    return document(title, _STYLE, body)
 
 
 def _figure(one: Shown) -> str:

@@ -1,7 +1,6 @@
 """A page to look at an episode of rigid bodies from any side; it needs no network and no other file."""
 
 import base64
-import hashlib
 import json
 from pathlib import Path
 from typing import Any
@@ -9,9 +8,9 @@ from typing import Any
 import mujoco as _mujoco
 import numpy as np
 
+from pgjax.experiments.html_page import document, esc
 from pgjax.experiments.render.bodies import Scene, Shot, darker, mixed
 from pgjax.experiments.render.gif import DEFAULT_SECONDS
-from pgjax.experiments.report.tables import esc
 
 mujoco: Any = _mujoco  # a compiled module without type information
 
@@ -36,23 +35,10 @@ def viewer_page(title: str, scene: Scene, shot: Shot, returns: np.ndarray, step_
     # In a comment or a string of JSON nothing may end the element that it stands in.
     data = json.dumps(_scene(scene, shot, returns, step_seconds or DEFAULT_SECONDS)).replace("<", "\\u003c")
     script = (Path(__file__).parent / "viewer.js").read_text()
-    policy = (
-        f"default-src 'none'; style-src '{_hash(_STYLE)}'; script-src '{_hash(script)}'; base-uri 'none'; form-action 'none'"
-    )
     speeds = "".join(
         f'<option value="{speed}"{" selected" if speed == 1 else ""}>{speed}x</option>' for speed in (0.1, 0.25, 0.5, 1, 2, 4)
     )
-    return f"""<!DOCTYPE html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta http-equiv="Content-Security-Policy" content="{policy}">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<title>{esc(title)}</title>
-<style>{_STYLE}</style>
-</head>
-<body>
-<h1>{esc(title)}</h1>
+    body = f"""<h1>{esc(title)}</h1>
 <canvas id="picture"></canvas>
 <div class="controls">
 <button id="play">pause</button>
@@ -62,11 +48,8 @@ def viewer_page(title: str, scene: Scene, shot: Shot, returns: np.ndarray, step_
 <span id="told"></span>
 </div>
 <small>Drag turns the scene, the wheel changes its size.</small>
-<script type="application/json" id="scene">{data}</script>
-<script>{script}</script>
-</body>
-</html>
-"""
+<script type="application/json" id="scene">{data}</script>"""
+    return document(title, _STYLE, body, script)
 
 
 def _scene(scene: Scene, shot: Shot, returns: np.ndarray, seconds: float) -> dict[str, Any]:
@@ -119,7 +102,3 @@ def _times(scene: Scene) -> list[int]:
 
 def _packed(numbers: np.ndarray) -> str:
     return base64.b64encode(np.ascontiguousarray(numbers, "<f4").tobytes()).decode()
-
-
-def _hash(text: str) -> str:
-    return f"sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}"

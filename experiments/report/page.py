@@ -2,16 +2,16 @@
 
 import base64
 import dataclasses
-import hashlib
 from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
 
 import pgjax
+from pgjax.experiments.html_page import document, esc
 from pgjax.experiments.report.aggregates import Aggregated
 from pgjax.experiments.report.figures import Figure
 from pgjax.experiments.report.study import Study, count_of
-from pgjax.experiments.report.tables import Table, esc, prose, to_html
+from pgjax.experiments.report.tables import Table, prose, to_html
 
 _HERE = Path(__file__).parent
 
@@ -53,26 +53,12 @@ class Contents:
 def render(contents: Contents) -> str:
     """The HTML text: no address outside, and a policy that lets a browser load none."""
     style, script = ((_HERE / f"page.{kind}").read_text() for kind in ("css", "js"))
-    policy = (
-        f"default-src 'none'; img-src data:; style-src '{_hash(style)}'; script-src '{_hash(script)}'; "
-        "base-uri 'none'; form-action 'none'"
-    )
     sections = list(_sections(contents))
     links = "\n".join(f'<a href="#{name}">{esc(heading)}</a>' for name, heading, _ in sections)
     body = "\n".join(
         f'<section id="{name}">\n<h2>{esc(heading)}</h2>\n{inside}\n</section>' for name, heading, inside in sections
     )
-    return f"""<!DOCTYPE html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta http-equiv="Content-Security-Policy" content="{policy}">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<title>{esc(contents.title)}</title>
-<style>{style}</style>
-</head>
-<body>
-<header>
+    body = f"""<header>
 <h1>{esc(contents.title)}</h1>
 {_summary(contents)}
 <pre class="command"><code>{esc(contents.command)}</code></pre>
@@ -84,11 +70,9 @@ def render(contents: Contents) -> str:
 <main>
 {body}
 </main>
-<footer>Made by pgjax {esc(pgjax.__version__)}. Figures are in <code>figures/</code>, tables in <code>tables/</code>.</footer>
-<script>{script}</script>
-</body>
-</html>
-"""
+<footer>Made by pgjax {esc(pgjax.__version__)}. Figures are in <code>figures/</code>, tables in
+<code>tables/</code>.</footer>"""
+    return document(contents.title, style, body, script)
 
 
 def _sections(contents: Contents) -> Iterable[tuple[str, str, str]]:
@@ -183,7 +167,3 @@ def _figure(figure: Figure) -> str:
 <img alt="{esc(figure.title)}" src="data:image/png;base64,{data}">
 <figcaption>{caption} <span class="file">figures/{esc(figure.name)}.png</span></figcaption>
 </figure>"""
-
-
-def _hash(text: str) -> str:
-    return f"sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}"

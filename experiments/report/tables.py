@@ -1,7 +1,6 @@
 """The report's tables: rows of plain values, written as CSV in full and as HTML as far as a page can take them."""
 
 import csv
-import html
 import io
 import math
 import shlex
@@ -10,6 +9,7 @@ from collections.abc import Sequence
 from pathlib import PurePath
 from typing import Any, NamedTuple
 
+from pgjax.experiments.html_page import esc
 from pgjax.experiments.report.study import Entry, Group, Study, is_complete, text_of
 from pgjax.experiments.results import command_of
 
@@ -239,11 +239,6 @@ def to_html(table: Table) -> str:
 <tbody>
 {rows}
 </tbody></table></div></div>"""
-
-
-def esc(text: Any) -> str:
-    """Text as HTML, for element contents and quoted attributes alike."""
-    return html.escape(str(text), quote=True)
 
 
 def prose(text: str) -> str:

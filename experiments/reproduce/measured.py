@@ -48,6 +48,8 @@ class Measured:
         its mean over all evaluations.
         Raises: RequestError saying in a few words why there are none.
         """
+        if self.result.frozen:
+            raise RequestError(f"seeds {', '.join(map(str, self.result.frozen))} of ours went non-finite")
         if ":" in metric:
             if metric not in self.columns:
                 raise RequestError(f"the run has no metric {metric}")
