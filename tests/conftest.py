@@ -26,7 +26,15 @@ from pgjax import cli
 
 # The longest files first: `make test` gives whole files to its processes, and one that begins last is waited for.
 _LONGEST = (
-    *("test_sweeps", "test_probe_learning", "test_contract", "test_runner", "test_envs", "test_playground", "test_compare"),
+    *(
+        "test_sweep_processes",
+        "test_probe_learning",
+        "test_contract",
+        "test_runner",
+        "test_envs",
+        "test_playground",
+        "test_compare",
+    ),
     "test_mujoco",
 )
 

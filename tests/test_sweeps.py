@@ -1,9 +1,7 @@
-"""Sweeps as they run: what is trained once and kept, what a kill, a dead worker or a damaged file costs, and two drivers."""
+"""Sweeps as they run: what is trained once and kept, what an interruption or a damaged file costs, and two drivers."""
 
 import json
 import os
-import random
-import signal
 import subprocess
 import sys
 import time
@@ -12,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
+from small_sweeps import contents, events, run, statuses_of, write
 
 import pgjax
 from pgjax.experiments.results import Result, results_of
@@ -21,24 +20,6 @@ from pgjax.experiments.sweeps.plan import cells_of
 from pgjax.experiments.sweeps.sweep_file import read_sweep
 
 ROOT = Path(__file__).resolve().parent.parent
-SWEEP = """
-algorithms = {algorithms}
-envs = ["gymnax/CartPole-v1"]
-seeds = 2
-preset = "none"
-total_env_steps = {steps}
-num_evals = 2
-eval_episodes = 2
-log_every = 1
-[setup]
-num_envs = 2
-num_steps = 16
-num_epochs = 1
-num_minibatches = 1
-hidden_sizes = [4]
-[grid]
-learning_rate = {rates}
-"""
 
 
 class Inline:
@@ -61,30 +42,6 @@ class Inline:
 @pytest.fixture
 def inline(monkeypatch):
     monkeypatch.setitem(engines.ENGINES, "local", Inline)
-
-
-def write(path, algorithms=("ppo", "spo"), rates=(1e-3, 1e-2), steps=128, more=""):
-    path.write_text(SWEEP.format(algorithms=json.dumps(algorithms), rates=list(rates), steps=steps) + more)
-    return path
-
-
-def run(file, out, say=lambda text: None, **options):
-    return driver.run_sweep(file, driver.Options(out, **options), say=say)
-
-
-def contents(out):
-    """By cell: its episodes in a fixed order, as bytes; and the bytes of its policies' files."""
-    found = {}
-    for folder in sorted((out / "cells").iterdir()):
-        loaded = pgjax.load(folder)
-        rows = loaded.evaluations.sort_values(["seed", "env_steps", "policy", "episode"], ignore_index=True)
-        metrics = loaded.metrics.sort_values(["seed", "iteration"], ignore_index=True)
-        found[folder.name] = (rows.to_csv(), metrics.to_csv())
-    return found
-
-
-def events(out, kind):
-    return [line for line in SweepFolder(out).journal() if line["event"] == kind]
 
 
 # --- what is run
@@ -151,7 +108,7 @@ def test_a_failed_cell_does_not_poison_the_rest(tmp_path, inline):
     rates, said = (1e-3, 3e38), []
     file = write(tmp_path / "sweep.toml", algorithms=("ppo",), steps=32 * 12, rates=rates)
     assert not run(file, tmp_path / "out", said.append)
-    statuses = {s.cell.spec.configs[0]["learning_rate"]: s for s in _statuses(file, tmp_path / "out")}
+    statuses = {s.cell.spec.configs[0]["learning_rate"]: s for s in statuses_of(file, tmp_path / "out")}
     assert statuses[1e-3].status == "finished" and statuses[3e38].status == "failed"
     assert "seed 0 went non-finite" in statuses[3e38].note and "--retry failed" in said[-1]
     assert not run(file, tmp_path / "out"), "a failed cell stays failed"
@@ -172,18 +129,11 @@ def test_a_group_that_raises_is_recorded_and_the_others_run(tmp_path, inline, mo
 
     monkeypatch.setattr(pgjax, "run", broken)
     assert not run(file, tmp_path / "out")
-    told = {(s.cell.spec.algorithm, s.status, s.note) for s in _statuses(file, tmp_path / "out")}
+    told = {(s.cell.spec.algorithm, s.status, s.note) for s in statuses_of(file, tmp_path / "out")}
     assert told == {("ppo", "failed", "OSError: the network folder is gone"), ("spo", "finished", "")}
     monkeypatch.undo()
     monkeypatch.setitem(engines.ENGINES, "local", Inline)
     assert run(file, tmp_path / "out", retry=("failed",))
-
-
-def _statuses(file, out):
-    return SweepFolder(out).statuses(cells_of(read_sweep(file).specs))
-
-
-# --- files that are not what they were
 
 
 def test_damaged_files_cost_only_what_they_held(tmp_path, inline):
@@ -196,7 +146,7 @@ def test_damaged_files_cost_only_what_they_held(tmp_path, inline):
     (out / "sweep.json").write_text("{")
     with (out / "journal.jsonl").open("a") as journal:
         journal.write('{"event": "fin')
-    status = next(s for s in _statuses(file, out) if s.cell.name == first.name)
+    status = next(s for s in statuses_of(file, out) if s.cell.name == first.name)
     assert status.status == "unreadable" and "result.json" in status.note and "delete the folder" in status.note
     assert not run(file, out), "unreadable cells are reported"
     assert run(file, out, retry=("unreadable",))
@@ -239,7 +189,7 @@ def test_an_interrupted_sweep_goes_on_where_it_was(tmp_path, inline, monkeypatch
     _interrupt_after(monkeypatch, 2)
     assert not run(file, tmp_path / "out", said.append)
     assert f"pgjax sweep run {file} --out {tmp_path / 'out'}" in said[-1]
-    status, *_ = _statuses(file, tmp_path / "out")
+    status, *_ = statuses_of(file, tmp_path / "out")
     assert status.status == "interrupted" and 0.2 < status.done < 0.9
     monkeypatch.undo()
     monkeypatch.setitem(engines.ENGINES, "local", Inline)
@@ -375,123 +325,6 @@ def test_a_read_only_folder(tmp_path, inline):
         assert "finished" in driver.sweep_status(file, out)
     finally:
         out.chmod(0o700)
-
-
-# --- processes that die
-
-
-def start(file, out, *more):
-    words = [sys.executable, "-m", "pgjax", "sweep", "run", str(file), "--out", str(out), *more]
-    return subprocess.Popen(words, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-
-
-def wait_for(condition, seconds=120.0):
-    until = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < until, "it did not happen"
-        time.sleep(0.05)
-
-
-def checkpoints_of(out):
-    """Complete checkpoints of groups: group's folder and step."""
-    return [(path.parent.parent, int(path.name)) for path in (out / "groups").glob("*/checkpoints/*") if path.name.isdigit()]
-
-
-def workers_of(out):
-    """Processes that hold a group of the sweep."""
-    found = set()
-    for owner in (out / "groups").glob("*/.owner.json"):
-        try:
-            found.add(json.loads(owner.read_text())["pid"])
-        except (OSError, ValueError):
-            pass
-    return found
-
-
-def alive(pid):
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().split(")")[1].split()[0] != "Z"
-    except OSError:
-        return False
-
-
-def test_a_sweep_killed_at_random_ends_as_if_nothing_had_happened(tmp_path):
-    file = write(tmp_path / "sweep.toml", steps=32 * 400)
-    whole = start(file, tmp_path / "whole")  # in a process too: lanes over as many devices are the same program
-    said, _ = whole.communicate(timeout=300)
-    assert whole.returncode == 0, said
-    out = tmp_path / "out"
-    random.seed(0)
-    for _ in range(3):
-        process = start(file, out)
-        wait_for(lambda process=process: workers_of(out) or process.poll() is not None)
-        time.sleep(random.uniform(0, 4))
-        process.kill()
-        process.wait()
-        orphans = workers_of(out)
-        wait_for(lambda orphans=orphans: not any(map(alive, orphans)), 20)
-    process = start(file, out)
-    said, _ = process.communicate(timeout=300)
-    assert process.returncode == 0, said
-    assert contents(out) == contents(tmp_path / "whole")
-    assert len(events(out, "started")) == 2, "no group is begun twice"
-
-
-def test_a_worker_that_dies_is_replaced(tmp_path):
-    file, out = write(tmp_path / "sweep.toml", algorithms=("ppo",), steps=32 * 12_000), tmp_path / "out"
-    process = start(file, out)
-    wait_for(lambda: checkpoints_of(out) or process.poll() is not None)
-    for pid in workers_of(out):
-        os.kill(pid, signal.SIGKILL)
-    said, _ = process.communicate(timeout=300)
-    assert process.returncode == 0, said
-    assert "a worker process died" in said
-    assert len(events(out, "started")) == 1 and len(events(out, "resumed")) == 1
-
-
-def test_ctrl_c_ends_at_a_checkpoint_and_says_how_to_go_on(tmp_path):
-    file, out = write(tmp_path / "sweep.toml", algorithms=("ppo",), steps=32 * 100_000), tmp_path / "out"
-    process = start(file, out)
-    wait_for(lambda: any((out / "groups").glob("*/parts/*")) or process.poll() is not None)
-    process.send_signal(signal.SIGINT)
-    said, _ = process.communicate(timeout=120)
-    assert process.returncode == 1 and "continue with: pgjax sweep run" in said and "Traceback" not in said
-    (status,) = {(s.status, s.done > 0) for s in _statuses(file, out)}
-    assert status == ("interrupted", True)
-    assert not workers_of(out)
-
-
-def test_a_ray_worker_that_is_killed_costs_no_more_than_its_last_seconds(tmp_path):
-    """A real local cluster of two workers, each with a group; one is killed once it has a checkpoint."""
-    pytest.importorskip("ray")
-    file, out = write(tmp_path / "sweep.toml", steps=32 * 12_000), tmp_path / "out"
-    process = start(file, out, "--engine", "ray", "--workers", "2")
-    wait_for(lambda: checkpoints_of(out) or process.poll() is not None, 240)
-    victim, before = checkpoints_of(out)[0]
-    os.kill(json.loads((victim / ".owner.json").read_text())["pid"], signal.SIGKILL)
-    said, _ = process.communicate(timeout=400)
-    assert process.returncode == 0, said
-    assert [line["group"] for line in events(out, "resumed")] == [victim.name] and before > 0
-    assert len(events(out, "started")) == 2
-    assert {s.status for s in _statuses(file, out)} == {"finished"}
-
-
-def test_submitit_runs_jobs_that_go_on_after_they_fail(tmp_path):
-    """Its executor for this machine in place of a cluster; a job that is killed is sent again and goes on."""
-    pytest.importorskip("submitit")
-    more = '[engine]\nname = "slurm"\ncluster = "local"\n'
-    file = write(tmp_path / "sweep.toml", algorithms=("ppo",), steps=32 * 12_000, more="\n" + more)
-    out = tmp_path / "out"
-    process = start(file, out)
-    wait_for(lambda: checkpoints_of(out) or process.poll() is not None, 240)
-    for pid in workers_of(out):
-        os.kill(pid, signal.SIGKILL)
-    said, _ = process.communicate(timeout=400)
-    assert process.returncode == 0, said
-    assert "ended without a result" in said and len(events(out, "resumed")) == 1
-
-
-# --- the dry run
 
 
 def test_a_dry_run_says_what_would_be_and_writes_nothing(tmp_path):
