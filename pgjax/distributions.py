@@ -9,16 +9,37 @@ rollout can draw the noise of all its steps before its loop: ``dist.draw_noise(k
 ``dist.sample_with(noise[t])``. ``draw_noise`` also works on the result of ``jax.eval_shape``.
 """
 
+import dataclasses
 import math
+from typing import TypeVar, dataclass_transform
 
 import chex
-import flax.struct
 import jax
 import jax.numpy as jnp
 
 from pgjax.errors import RequestError
 
 _HALF_LOG_TWO_PI = 0.5 * math.log(2 * math.pi)
+_Class = TypeVar("_Class")
+
+
+@dataclass_transform(frozen_default=True)
+def _distribution(cls: type[_Class]) -> type[_Class]:
+    """A frozen dataclass of arrays as a pytree whose structure is that of no other class.
+
+    Not ``flax.struct.dataclass``: in jaxlib 0.10 the structures of any two such classes with as many fields compare equal
+    and differ only in their hash, so that one jitted function called with both now and then runs the wrong program.
+    """
+    dataclasses.dataclass(frozen=True)(cls)
+    names = [field.name for field in dataclasses.fields(cls)]  # pyright: ignore[reportArgumentType]
+    keys = [jax.tree_util.GetAttrKey(name) for name in names]
+    jax.tree_util.register_pytree_with_keys(
+        cls,
+        lambda dist: ([(key, getattr(dist, key.name)) for key in keys], None),
+        lambda _, arrays: cls(*arrays),
+        lambda dist: ([getattr(dist, name) for name in names], None),
+    )
+    return cls
 
 
 def _weighted_sum(prob: jax.Array, x: jax.Array) -> jax.Array:
@@ -26,7 +47,7 @@ def _weighted_sum(prob: jax.Array, x: jax.Array) -> jax.Array:
     return jnp.sum(prob * jnp.where(prob > 0, x, 0.0), axis=-1)
 
 
-@flax.struct.dataclass
+@_distribution
 class Categorical:
     """Distribution over ``0 .. num_actions - 1``, p(a) ∝ exp(logits[a]).
 
@@ -82,7 +103,7 @@ class Categorical:
         return distrax.Categorical(logits=self.logits)
 
 
-@flax.struct.dataclass
+@_distribution
 class DiagGaussian:
     """Independent normal action dimensions. mean, log_std: both [*batch, A]; log_std is log σ, not log σ²."""
 
@@ -154,7 +175,7 @@ def _log_det_tanh(u: jax.Array) -> jax.Array:
     return jnp.sum(2 * (math.log(2) - u - jax.nn.softplus(-2 * u)), axis=-1)
 
 
-@flax.struct.dataclass
+@_distribution
 class TanhGaussian:
     """tanh of a diagonal Gaussian, a density on (-1, 1)^A. mean, log_std: both [*batch, A], of the Gaussian inside.
 

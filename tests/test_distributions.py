@@ -306,6 +306,13 @@ class TestEveryDistribution:
         noise = shapes.draw_noise(jax.random.key(0), (6,))
         np.testing.assert_array_equal(noise, DISTRIBUTIONS[name]((3,)).draw_noise(jax.random.key(0), (6,)))
 
+    def test_no_other_class_has_its_structure(self, name):
+        """One jitted function may be called with all of them: compilation caches tell them apart by this alone."""
+        structure = jax.tree.structure(DISTRIBUTIONS[name]((3,)))
+        equal = [other for other, make in DISTRIBUTIONS.items() if jax.tree.structure(make((3,))) == structure]
+        assert equal == [name]
+        assert jax.tree.structure(DISTRIBUTIONS[name]((3,))) == structure
+
     def test_is_a_pytree_to_stack_index_and_map(self, name):
         dist = DISTRIBUTIONS[name]((3,))
         action = sample(dist, jax.random.key(0))
