@@ -72,6 +72,12 @@ def test_a_sweep_killed_at_random_ends_as_if_nothing_had_happened(tmp_path):
     assert len(events(out, "started")) == 2, "no group is begun twice"
 
 
+def test_a_worker_whose_driver_died_before_it_looked_ends_too():
+    code = "import os, time; from pgjax.experiments.sweeps.work import follow_parent; follow_parent({}); time.sleep({})"
+    for parent, seconds, expected in (("os.getppid()", 2, 0), ("os.getppid() + 1", 60, 1)):
+        assert subprocess.run([sys.executable, "-c", code.format(parent, seconds)], cwd=ROOT, timeout=50).returncode == expected
+
+
 def test_a_worker_that_dies_is_replaced(tmp_path):
     file, out = write(tmp_path / "sweep.toml", algorithms=("ppo",), steps=32 * 12_000), tmp_path / "out"
     process = start(file, out)

@@ -6,6 +6,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
@@ -258,6 +259,29 @@ def test_a_second_driver_is_refused_by_the_name_of_the_first(tmp_path, inline):
         finally:
             first.kill()
     assert run(file, out), "a driver that was killed blocks nobody"
+
+
+def test_a_group_that_another_process_finishes_meanwhile_is_done(tmp_path, inline, monkeypatch):
+    """As a job that outlived its driver does: who waits for the group then finds nothing left to do."""
+    file, out = write(tmp_path / "sweep.toml", algorithms=("ppo",)), tmp_path / "out"
+    _interrupt_after(monkeypatch, 2)
+    assert not run(file, out)
+    monkeypatch.undo()
+    (record,) = (out / "groups").glob("*.json")
+    task = work.Task(str(out), record.stem)
+
+    def held(*args, **kwargs):
+        raise work.InUse("somebody is at it")
+
+    def meanwhile(seconds):
+        monkeypatch.undo()
+        assert work.work(task).status == "finished"
+
+    monkeypatch.setattr(work.RunStore, "open", held)
+    monkeypatch.setattr(work, "time", SimpleNamespace(monotonic=time.monotonic, sleep=meanwhile))
+    assert work.work(task).status == "finished"
+    assert len(events(out, "started")) == 1 and len(events(out, "cell")) == 2
+    assert not list((out / "groups").iterdir())
 
 
 @pytest.mark.parametrize(

@@ -61,7 +61,9 @@ class Local:
         while tries:
             if self._pool is None:
                 # Spawned, since JAX's threads do not survive a fork.
-                self._pool = ProcessPoolExecutor(self._workers, mp_context=get_context("spawn"), initializer=_prepare)
+                self._pool = ProcessPoolExecutor(
+                    self._workers, mp_context=get_context("spawn"), initializer=_prepare, initargs=(os.getpid(),)
+                )
             try:
                 # No more than there are processes, so that if one dies it is known who may have been the cause.
                 idle = [task for task in tries if task not in waiting.values()][: self._workers - len(waiting)]
@@ -83,10 +85,10 @@ class Local:
                 waiting = {}
 
 
-def _prepare() -> None:
+def _prepare(driver: int) -> None:
     # Ctrl-C is for the driver, which passes it on once; a second signal would end a run without a checkpoint.
     os.setpgrp()
-    follow_parent()
+    follow_parent(driver)
 
 
 class Ray:

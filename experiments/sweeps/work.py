@@ -81,29 +81,32 @@ def _train(folder: SweepFolder, group: Group) -> Outcome:
 
     while True:
         try:
-            with _open(folder, group, algorithm) as store:
+            store = _open(folder, group, algorithm)
+            if store is None:
+                return Outcome(group.id, "finished")
+            with store:
                 if store.status == "finished" or (store.status == "failed" and store.get("nonfinite")):
                     status, seconds = "finished", store.get("seconds", {})
                 else:
                     result = pgjax.run(spec, store, count, algorithm=algorithm)
                     status, seconds = result.status, result.seconds
-            break
+                if status != "interrupted":
+                    # While the group is still ours: another process may be waiting for it.
+                    _put_away(folder, group, algorithm)
+                    status = "finished"
+            return Outcome(group.id, status, "", programs, seconds)
         except DamagedFile as error:
             # Renamed, so that nothing is lost; the group begins anew.
             folder.note("damaged", group=group.id, error=str(error))
             _set_aside(folder.groups / group.id)
-    if status != "interrupted":
-        _put_away(folder, group, algorithm)
-        status = "finished"
-    return Outcome(group.id, status, "", programs, seconds)
 
 
-def _open(folder: SweepFolder, group: Group, algorithm) -> RunStore:
-    """The group's run, once nobody else is at it."""
+def _open(folder: SweepFolder, group: Group, algorithm) -> RunStore | None:
+    """The group's run, once nobody else is at it; None if another process has finished it meanwhile."""
     path, config = folder.groups / group.id, group.spec.config()
     provenance = describe_env(algorithm.env, group.spec)
     patience = time.monotonic() + _PATIENCE
-    while True:
+    while (folder.groups / f"{group.id}.json").exists():
         try:
             if (path / "run.json").exists():
                 store = RunStore.open(path, config, may_differ=("devices",), provenance=provenance)
@@ -117,6 +120,7 @@ def _open(folder: SweepFolder, group: Group, algorithm) -> RunStore:
             if time.monotonic() > patience:
                 raise
             time.sleep(_LOOK)
+    return None
 
 
 def _set_aside(path: Path) -> None:
@@ -149,9 +153,11 @@ def _put_away(folder: SweepFolder, group: Group, algorithm) -> None:
     folder.drop_group(group)
 
 
-def follow_parent() -> None:
-    """Ends this process soon after its parent is gone: a driver that was killed leaves nobody at work."""
-    parent = os.getppid()
+def follow_parent(parent: int) -> None:
+    """Ends this process soon after its parent is gone: a driver that was killed leaves nobody at work.
+
+    Args: parent: its process id, from itself. Asked for here, it would be another one if the parent is gone already.
+    """
 
     def watch() -> None:
         while os.getppid() == parent:
