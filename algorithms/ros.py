@@ -1,7 +1,7 @@
 """ROS, Robust On-Policy Sampling (Zhong et al. 2022, arXiv 2111.14552), as the way PPO collects its data.
 
 Before every step φ ← θ - α ∇ mean log π_θ(a|s) over the buffer: one plain gradient step away from the actions that it holds
-too often. That is PROPS with a behaviour policy for each step, without clip, regulariser and stop. The paper evaluates policies.
+too often. That is PROPS with a behaviour policy for each step, without clip, regulariser and stop.
 """
 
 import dataclasses
@@ -37,5 +37,8 @@ class Hypers(props.Hypers):
 
 
 def make(env, setup: Setup = Setup(), hypers: Hypers = Hypers(), *, objective=None, networks=None):  # noqa: B008
-    """ROS on ``env``; arguments as ``props.make``."""
+    """ROS on ``env``; arguments as ``props.make``.
+
+    paper: evaluates a fixed policy / here: PPO goes on from the data as in PROPS; at a learning rate of 0 the policy is fixed.
+    """
     return props.make(env, setup, hypers, objective=objective, networks=networks, name="ros")
