@@ -1,7 +1,7 @@
 """How near to on-policy the data of PROPS and ROS are, and those of on-policy sampling, on the toy tasks.
 
-``python -m pgjax.experiments.sampling_study [--out FILE.md]``: the exact sampling error (``pgjax.sampling_error.tabular``) of all
-that was collected with a fixed random policy, and of the batches that the presets for TwoStep and GridWorld-5x5 learn from.
+``python -m pgjax.experiments.sampling_study [--out FILE.md]``: the exact sampling error (``pgjax.sampling_error.tabular``) of
+all that was collected with a fixed random policy, and of the batches that the presets for TwoStep and GridWorld-5x5 learn from.
 """
 
 import argparse
@@ -66,7 +66,7 @@ def fixed_policy_errors(env, sampler: str, num_steps: tuple[int, ...], key: jax.
 def training_errors(env_name: str, name: str, setup: dict, hypers: dict, key: jax.Array, num_iterations: int):
     """``(sampling error, return)`` of training with the preset for ``env_name``, both [seeds, num_iterations].
 
-    The error is that of the batch of an iteration against the policy that is to be updated with it, the return that of training.
+    The error is that of an iteration's batch against the policy that is to be updated with it, the return that of training.
     """
     preset = presets.find("auto", name, env_name)
     fields = {field: tuple(value) if isinstance(value, list) else value for field, value in preset["setup"].items()}

@@ -1,6 +1,8 @@
 """PROPS and ROS: fits of the behaviour policy derived once more in NumPy, the buffer, and limits in which they are PPO."""
 
 import dataclasses
+import functools
+from types import SimpleNamespace
 from unittest import mock
 
 import jax
@@ -133,7 +135,8 @@ def test_ros_takes_one_plain_step_away_from_what_the_data_hold_too_often(float64
 
 def test_the_first_step_on_a_table_is_frequency_less_probability(float64):
     """Softmax over four actions in one state: θ - φ = freq_D - π_θ, so over-sampled actions become rarer."""
-    case = synthetic.shipped(ros, {}, mock.Mock(observation_space=Box((1,)), action_space=Discrete(4)), num_envs=1)
+    spaces = SimpleNamespace(observation_space=Box((1,)), action_space=Discrete(4))
+    case = synthetic.shipped(ros, {}, spaces, num_steps=4)
     core = case.core
     target = core.networks.init(jax.random.key(0)).actor.astype(jnp.float64)
     action = jnp.array([0, 0, 0, 0, 1, 1, 2, 3, 3, 0])[:, None]
@@ -263,6 +266,22 @@ class Counter:
         return env_state
 
 
+def collecting(algorithm, hypers=None):
+    """``state -> (state, batch, metrics)``: iterations without an update, but with the statistics that one leaves."""
+    hypers = algorithm.hypers if hypers is None else hypers
+
+    @jax.jit
+    def step(state):
+        key, *keys = jax.random.split(state.key, 5)
+        learner = state.learner
+        state, batch, metrics, (obs_moments, reward_moments) = props.collect(algorithm.core, keys, state, hypers)
+        batch = on_policy.gae_estimate(algorithm.core, hypers, learner, batch)
+        learner = state.learner.replace(obs_moments=obs_moments, reward_moments=reward_moments)
+        return state.replace(key=key, learner=learner), batch, metrics
+
+    return step
+
+
 BUFFER = dict(num_envs=2, num_steps=6, behavior_num_steps=2, hidden_sizes=(), num_minibatches=2, num_epochs=2)
 
 
@@ -277,9 +296,9 @@ def test_what_the_buffer_holds_and_what_a_fit_sees(batches, data):
     with mock.patch.object(props, "fit_behavior", fit):
         algorithm = props.make(Counter(), props.Setup(**BUFFER, buffer_batches=batches, behavior_data=data))
         state = algorithm.init(jax.random.key(0), algorithm.hypers)
-        step = jax.jit(algorithm.step)
+        step = collecting(algorithm)
         for done in range(1, 5):
-            state, _ = step(state, algorithm.hypers)
+            state, _, _ = step(state)
             held = min(done, batches) * 6
             time = np.asarray(state.memory.steps.obs)[-held:, :, 0]
             # The last b T steps in order of time, for each environment.
@@ -308,45 +327,42 @@ def plain_gae(reward, value, next_value, terminated, truncated, gamma=0.99, lam=
     return advantage
 
 
-def test_advantages_on_the_buffer_are_those_of_the_trajectory(float64):
+def test_advantages_on_the_buffer_are_those_of_the_trajectory():
     """With the critic of now, across the seams between batches and the ends of episodes."""
     algorithm = props.make(Counter(), props.Setup(**BUFFER, buffer_batches=3, behavior="target"))
-    state, step = algorithm.init(jax.random.key(0), algorithm.hypers), jax.jit(algorithm.step)
-    for done in range(4):
-        keys = jax.random.split(state.key, 8)[3:7]
-        _, batch, *_ = props.collect(algorithm.core, keys, state, algorithm.hypers)
-        batch = on_policy.gae_estimate(algorithm.core, algorithm.hypers, state.learner, batch)
-        head = algorithm.core.unravel(state.learner.params).critic["head"]["params"]
-        slope, height = (np.float64(head[name]).item() for name in ("kernel", "bias"))
-        held = min(done + 1, 3) * 6
-        time = np.arange(6 * (done + 1) - held, 6 * (done + 1), dtype=float)[:, None].repeat(2, 1)
-        ended = (time + 1) % 7 == 0
-        cut = (time + 1) % 14 == 0
+    state, step = algorithm.init(jax.random.key(0), algorithm.hypers), collecting(algorithm)
+    for done in range(1, 5):
+        # Another critic in every iteration.
+        slope, height = 0.1 * done, -1.0 * done
+        critic = jnp.array([height, slope], jnp.float32)
+        learner = state.learner.replace(params=state.learner.params._replace(critic=critic))
+        state, batch, _ = step(state.replace(learner=learner))
+        held = min(done, 3) * 6
+        time = np.arange(6 * done - held, 6 * done, dtype=float)[:, None].repeat(2, 1)
+        ended, cut = (time + 1) % 7 == 0, (time + 1) % 14 == 0
         expected = plain_gae(time, slope * time + height, slope * (time + 1) + height, ended & ~cut, cut)
-        np.testing.assert_allclose(batch.advantage[-held:], expected, rtol=1e-4, atol=1e-3)
+        np.testing.assert_allclose(batch.advantage[-held:], expected, rtol=1e-4, atol=1e-4)
         np.testing.assert_array_equal(batch.present, np.arange(18, 0, -1)[:, None].repeat(2, 1) <= held)
         np.testing.assert_array_equal(batch.weight, batch.present)
-        state, _ = step(state, algorithm.hypers)
 
 
 def test_rewards_and_observations_of_the_buffer_are_scaled_with_statistics_of_now():
     setup = props.Setup(**BUFFER, normalize_obs=True, reward_scaling="per_step")
     algorithm = props.make(Counter(), setup, props.Hypers(reward_clip=1.5))
-    state, step = algorithm.init(jax.random.key(0), algorithm.hypers), jax.jit(algorithm.step)
-    for _ in range(2):
-        state, _ = step(state, algorithm.hypers)
-    keys = jax.random.split(state.key, 8)[3:7]
-    _, batch, _, (_, reward_moments) = props.collect(algorithm.core, keys, state, algorithm.hypers)
+    state, step = algorithm.init(jax.random.key(0), algorithm.hypers), collecting(algorithm)
+    for _ in range(3):
+        state, batch, _ = step(state)
     time = np.arange(6.0, 18)[:, None].repeat(2, 1)
     # Frozen in the iteration: the statistics of the first twelve steps of both environments.
     mean, std = np.arange(12).mean(), np.arange(12).std()
     np.testing.assert_allclose(batch.obs[..., 0], (time - mean) / std, rtol=1e-5)
     np.testing.assert_allclose(batch.final_obs[..., 0], (time + 1 - mean) / std, rtol=1e-5)
-    np.testing.assert_allclose(batch.reward, np.minimum(time / np.sqrt(reward_moments.var), 1.5), rtol=1e-5)
-    assert reward_moments.count == 36
+    moments = state.learner.reward_moments
+    np.testing.assert_allclose(batch.reward, np.minimum(time / np.sqrt(moments.var), 1.5), rtol=1e-5)
+    assert moments.count == 36 and (batch.reward < 1.5).any()
 
 
-def test_a_filling_buffer_is_cut_into_fewer_minibatches(float64):
+def test_a_filling_buffer_is_cut_into_fewer_minibatches():
     """Half full, two minibatches of the buffer are one: PPO's first iteration on its own batch."""
     hypers = dict(learning_rate=0.01)
     shared = {name: value for name, value in BUFFER.items() if name != "behavior_num_steps"}
@@ -378,7 +394,7 @@ def test_numbers_about_the_policys_change_leave_out_what_is_not_there(float64):
     some = metrics.policy_change(log_ratio, old, new, jnp.asarray(present))
     alone = metrics.policy_change(log_ratio[8:], *(Categorical(d.logits[8:]) for d in (old, new)))
     for name, value in alone.items():
-        np.testing.assert_allclose(some[name], value, rtol=1e-12, err_msg=name)
+        np.testing.assert_allclose(some[name], value, rtol=1e-6, err_msg=name)
 
 
 # ---- Whole iterations -----------------------------------------------------------------------------------------------
@@ -419,13 +435,22 @@ def test_without_a_learning_rate_of_its_own_it_is_ppo_with_a_buffer(batches):
 @pytest.mark.parametrize("stale", [False, True])
 def test_ratios_are_to_the_target_of_now_at_the_start_of_every_fit(stale):
     setup = dict(**BUFFER, behavior_epochs=1, behavior_minibatches=1, stale_target=stale)
-    algorithm = props.make(Probe("responding"), props.Setup(**setup), props.Hypers(learning_rate=0.05))
-    _, rows = run(algorithm, 3)
-    # The only minibatch of a fit is looked at before its step.
-    first, *later = (float(row["behavior_kl_sampled"]) for row in rows)
-    assert first < 1e-10
-    assert all((kl > 1e-5) if stale else (kl < 1e-10) for kl in later)
-    assert all(row["behavior_steps"] <= 1 and row["behavior_kl"] > 0 for row in rows)
+    algorithm = props.make(Probe("responding"), props.Setup(**setup))
+    state, step = algorithm.init(jax.random.key(0), algorithm.hypers), collecting(algorithm)
+    for done in range(3):
+        state, _, row = step(state)
+        # The only minibatch of a fit is looked at before its step.
+        seen = float(row["behavior_kl_sampled"])
+        assert (seen > 1e-5) if stale and done else (seen < 1e-10)
+        assert row["behavior_kl"] > 0
+        # In place of an update.
+        state = state.replace(learner=moved_apart(state.learner))
+
+
+def moved_apart(learner):
+    """The learner with another actor, by as much in every parameter and in turn up and down."""
+    actor = learner.params.actor
+    return learner.replace(params=learner.params._replace(actor=actor + 0.3 * (-1.0) ** jnp.arange(actor.size)))
 
 
 def test_a_behaviour_policy_that_goes_non_finite_is_told_and_holds_the_learner():
@@ -439,17 +464,6 @@ def test_a_behaviour_policy_that_goes_non_finite_is_told_and_holds_the_learner()
     # The buffer goes on, with actions of the target policy.
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(after.memory))
     assert after.memory.num_steps == 12
-
-
-def test_the_target_policy_is_what_acts_in_the_end():
-    """Unlike the behaviour policy it has not been pushed away from the data."""
-    algorithm = props.make(
-        Probe("responding"), props.Setup(**BUFFER), props.Hypers(behavior_learning_rate=1.0, learning_rate=0.0)
-    )
-    start = algorithm.init(jax.random.key(0), algorithm.hypers)
-    state, rows = run(algorithm, 2)
-    assert rows[-1]["behavior_kl"] > 1e-3
-    np.testing.assert_array_equal(algorithm.policy(state).actor, start.learner.params.actor)
 
 
 # ---- Sampling error -------------------------------------------------------------------------------------------------
@@ -501,35 +515,37 @@ def bandit_errors(module, numbers, num_steps, seeds=40, **setup):
     return np.asarray(jax.jit(jax.vmap(error))(jax.random.split(jax.random.key(0), seeds)))
 
 
-@pytest.fixture(scope="module")
-def on_policy_errors():
-    return {num: bandit_errors(props, {}, num, seeds=200, behavior="target") for num in (256, 1024)}
+@functools.cache
+def on_policy_errors(num):
+    return bandit_errors(props, {}, num, seeds=200, behavior="target")
 
 
-def test_on_policy_errors_are_those_of_wilks_law(on_policy_errors):
-    for num, errors in on_policy_errors.items():
-        assert abs(errors.mean() - 9 / (2 * num)) < 4 * np.sqrt(18) / (2 * num) / np.sqrt(200) + 9 / num**1.5
+def test_on_policy_errors_are_those_of_wilks_law():
+    """k = 9. The second term is the law's own error at so few samples."""
+    errors = on_policy_errors(256)
+    assert abs(errors.mean() - 9 / 512) < 4 * np.sqrt(18) / 512 / np.sqrt(200) + 9 / 256**1.5
 
 
-def test_props_has_a_third_of_the_sampling_error_of_on_policy_data(on_policy_errors):
+@pytest.mark.parametrize(("num", "share", "seeds"), [(256, 0.55, 20), pytest.param(1024, 0.35, 40, marks=pytest.mark.slow)])
+def test_props_has_a_fraction_of_the_sampling_error_of_on_policy_data(num, share, seeds):
     numbers = {"behavior_learning_rate": 0.01}
     setup = dict(behavior_num_steps=16, behavior_epochs=16, behavior_minibatches=4)
-    errors = bandit_errors(props, numbers, 1024, **setup)
-    assert errors.mean() < 0.35 * on_policy_errors[1024].mean()
+    errors = bandit_errors(props, numbers, num, seeds, **setup)
+    assert errors.mean() < share * on_policy_errors(num).mean()
 
 
-@pytest.mark.parametrize(("rate", "below"), [(10, 0.6), (-10, None)])
-def test_ros_lowers_the_sampling_error_and_with_the_wrong_sign_raises_it(on_policy_errors, rate, below):
-    errors = bandit_errors(ros, {"behavior_learning_rate": rate}, 256)
-    mean, spread = on_policy_errors[256].mean(), on_policy_errors[256].std() / np.sqrt(40)
-    assert errors.mean() < below * mean if below else errors.mean() > mean + 4 * spread
+def test_ros_lowers_the_sampling_error_and_with_the_wrong_sign_raises_it():
+    usual = on_policy_errors(256)
+    right, wrong = (bandit_errors(ros, {"behavior_learning_rate": rate}, 256, 20) for rate in (10, -10))
+    assert right.mean() < 0.6 * usual.mean()
+    assert wrong.mean() > usual.mean() + 4 * usual.std() / np.sqrt(20)
 
 
 def test_the_reference_is_what_the_target_would_have_collected():
     """With a learning rate of zero for φ both are on-policy: equal in mean, though not the same numbers."""
     numbers = dict(learning_rate=0.0, behavior_learning_rate=0.0)
     setup = dict(num_envs=4, num_steps=32, hidden_sizes=(), num_minibatches=1, behavior_num_steps=16, behavior_minibatches=1)
-    setup |= dict(behavior_epochs=1, sampling_error="last_layer", sampling_error_epochs=300)
+    setup |= dict(behavior_epochs=1, sampling_error="last_layer", sampling_error_epochs=200)
     algorithm = props.make(Probe("constant"), props.Setup(**setup), props.Hypers(**numbers))
 
     def errors(key):
@@ -542,7 +558,7 @@ def test_the_reference_is_what_the_target_would_have_collected():
     assert (one != other).mean() > 0.9
     for found in (one, other):
         # One free parameter and 256 samples.
-        assert abs(found.mean() - 1 / 512) < 4 * np.sqrt(2) / 512 / np.sqrt(100)
+        assert abs(found.mean() - 1 / 512) < 4 * np.sqrt(2) / 512 / np.sqrt(50)
     assert (rows["action_frequency_gap"] < 0.2).all() and (rows["action_frequency_gap"] > 0).any()
 
 
@@ -552,7 +568,7 @@ def test_the_reference_is_what_the_target_would_have_collected():
 @pytest.mark.parametrize(
     ("fields", "words"),
     [
-        (dict(num_steps=10, behavior_num_steps=4), "behavior_num_steps = 4 does not divide num_steps = 10; try 2, 5"),
+        (dict(num_steps=10, behavior_num_steps=4), "behavior_num_steps = 4 does not divide num_steps = 10; try 1, 2, 5"),
         (dict(num_steps=16, buffer_batches=1), "behavior_num_steps = 16 is all of num_steps"),
         (dict(num_steps=16, behavior_data="current_batch"), "nothing to fit to"),
         (dict(buffer_batches=0), "buffer_batches = 0 must be a whole number"),
