@@ -16,6 +16,8 @@ _ALGORITHMS = {
     "spo": ("pgjax.algorithms.spo", "Simple Policy Optimization (Xie et al. 2025)"),
     "fixpo": ("pgjax.algorithms.fixpo", "Fixup policy optimization (Zentner et al. 2023)"),
     "dpo": ("pgjax.algorithms.dpo", "Discovered Policy Optimisation (Lu et al. 2022)"),
+    "props": ("pgjax.algorithms.props", "Proximal robust on-policy sampling, with PPO (Corrado and Hanna 2023)"),
+    "ros": ("pgjax.algorithms.ros", "Robust on-policy sampling, with PPO (Zhong et al. 2022)"),
 }
 
 

@@ -37,7 +37,13 @@ _PLAYGROUND = (
     *("HopperStand", "HumanoidStand", "HumanoidWalk", "HumanoidRun", "PendulumSwingup", "PointMass", "ReacherEasy"),
     *("ReacherHard", "SwimmerSwimmer6", "WalkerRun", "WalkerStand", "WalkerWalk"),
 )
-_NAMES = {"gymnax": _GYMNAX, "brax": _BRAX, "mujoco": _MUJOCO, "playground": _PLAYGROUND}
+# Our own, in ``toy.py``.
+_TOY = (
+    *("TwoStep", "GridWorld-5x5", "GridWorld-10x10", "GridWorld-20x20", "Chain-7", "Chain-15"),
+    *("Cliff-3x6", "Cliff-4x8", "Cliff-5x10", "Bandit5", "Bandit10", "Bandit20", "Bandit100", "Bandit1000"),
+    *("Discrete2D-10", "Discrete2D-50", "Discrete2D-100"),
+)
+_NAMES = {"gymnax": _GYMNAX, "brax": _BRAX, "mujoco": _MUJOCO, "playground": _PLAYGROUND, "toy": _TOY}
 # The module to import, where it is not named like the library here.
 _MODULES = {"playground": "mujoco_playground"}
 # What pip has to install where a library is missing; an extra of pgjax where one exists.
@@ -125,7 +131,8 @@ def make_env(name: str, **options: Any):
     ``"pool"``), ``episode_length`` (default 1000) and what its constructor takes. Of every MuJoCo one: ``physics`` (default
     ``"c"``), ``reset_mode``, ``episode_length``, ``num_threads`` and what Gymnasium's constructor takes. Of every Playground
     one: ``impl`` (default ``"jax"``), ``reset_mode`` (default ``"pool"``), ``episode_length``, ``action_repeat`` and what its
-    configuration has, such as ``ctrl_dt`` and ``sim_dt``.
+    configuration has, such as ``ctrl_dt`` and ``sim_dt``. Of every toy: ``reset_mode``,
+    ``episode_length``, and for bandits the ``seed`` of the arms.
 
     Raises:
         RequestError: unknown name, unknown option, a combination that does not work, or a library that is missing.

@@ -56,7 +56,7 @@ class Request:
     algorithms: public ids; empty or ``("all",)`` for the whole registry.  total_env_steps: of each lane; None for PPO's preset.
     presets: each algorithm with its own preset in place of shared settings.
     setup, hypers: field -> text, values for all algorithms that have the field and do not define it themselves.
-    The rest as in ``RunSpec``; ``eval_episodes`` None means 64 on gymnax and 16 elsewhere, for every algorithm alike.
+    The rest as in ``RunSpec``; ``eval_episodes`` None means 64 on gymnax and toys and 16 elsewhere, for every algorithm alike.
     """
 
     env: str

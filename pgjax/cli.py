@@ -142,7 +142,7 @@ class TrainArgs:
     num_evals: int = 10
     """Evaluations during the run."""
     eval_episodes: int | None = None
-    """Episodes per evaluation and policy; 64 on gymnax, 16 elsewhere, fewer if they would take too long."""
+    """Episodes per evaluation and policy; 64 on gymnax and toys, 16 elsewhere, fewer if they would take too long."""
     devices: int | None = None
     """Devices to spread the lanes over; all if not given. On a CPU a device is a core."""
     precision: Literal["default", "high", "highest", "bfloat16", "tensorfloat32", "float32"] = "float32"
@@ -364,7 +364,7 @@ class CompareArgs:
     num_evals: int = 10
     """Evaluations during each run."""
     eval_episodes: int | None = None
-    """Episodes per evaluation and policy; 64 on gymnax, 16 elsewhere if not given."""
+    """Episodes per evaluation and policy; 64 on gymnax and toys, 16 elsewhere if not given."""
     devices: int | None = None
     """Devices to spread the lanes over; all if not given. On a CPU a device is a core."""
 

@@ -125,10 +125,10 @@ def mean_over_lanes(rows: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
     return reduced
 
 
-def policy_change(log_ratio: jax.Array, dist_old, dist) -> dict[str, jax.Array]:
+def policy_change(log_ratio: jax.Array, dist_old, dist, present: jax.Array | None = None) -> dict[str, jax.Array]:
     """How far the policy moved from the one that acted, over the whole batch.
 
-    Args: log_ratio [N]; dist_old, dist with batch shape [N].
+    Args: log_ratio [N]; dist_old, dist with batch shape [N]; present [N] bool, the samples that are there, None for all.
     Returns: ``kl`` and ``kl_max``, closed-form KL(old || new) in nats; ``ratio_min``, ``ratio_max``;
     ``ratio_deviation``, the mean of |ratio - 1|;
     ``clip_fraction``, the share of samples with |ratio - 1| > 0.2, whatever range a method clips to;
@@ -136,16 +136,17 @@ def policy_change(log_ratio: jax.Array, dist_old, dist) -> dict[str, jax.Array]:
     """
     ratio = jnp.exp(log_ratio)
     kl = dist_old.kl(dist)
+    count = log_ratio.size if present is None else present.sum()
     # Divided by the largest ratio so that neither square overflows; the quotient does not change.
-    relative = jnp.exp(log_ratio - log_ratio.max())
+    relative = jnp.exp(log_ratio - log_ratio.max(where=present, initial=-jnp.inf))
     return {
-        "kl": kl.mean(),
-        "kl_max": kl.max(),
-        "ratio_min": ratio.min(),
-        "ratio_max": ratio.max(),
-        "ratio_deviation": jnp.abs(ratio - 1).mean(),
-        "clip_fraction": (jnp.abs(ratio - 1) > 0.2).mean(),
-        "ess": relative.sum() ** 2 / (relative.size * (relative**2).sum()),
+        "kl": kl.mean(where=present),
+        "kl_max": kl.max(where=present, initial=-jnp.inf),
+        "ratio_min": ratio.min(where=present, initial=jnp.inf),
+        "ratio_max": ratio.max(where=present, initial=-jnp.inf),
+        "ratio_deviation": jnp.abs(ratio - 1).mean(where=present),
+        "clip_fraction": (jnp.abs(ratio - 1) > 0.2).mean(where=present),
+        "ess": relative.sum(where=present) ** 2 / (count * (relative**2).sum(where=present)),
     }
 
 

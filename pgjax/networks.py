@@ -27,7 +27,9 @@ ACTIVATIONS: dict[str, Callable] = {
 }
 KERNEL_INITS = ("orthogonal", "lecun_uniform", "lecun_normal")
 TORSOS = ("auto", "mlp", "cnn")
-DISTRIBUTIONS = ("auto", "categorical", "gaussian", "gaussian_state", "tanh_gaussian", "tanh_gaussian_state")
+DISTRIBUTIONS = (
+    *("auto", "categorical", "gaussian", "gaussian_state", "gaussian_tanh_mean", "tanh_gaussian", "tanh_gaussian_state"),
+)
 
 _MIN_STD = 0.001  # of the state-dependent standard deviations, as in Brax
 _CUT_NORMAL_STD = 0.8796256610342398  # of a standard normal variable cut off at 2
@@ -47,11 +49,14 @@ class Networks(NamedTuple):
     policy: ``(params, obs [..., *O]) -> distribution`` with batch shape [...]. Reads ``params.actor`` only, so what
       acts can be stored as ``ActorCritic(actor, None)``.
     value: ``(params, obs [..., *O]) -> [...]``, in the unit of the value targets the critic was fitted to.
+    last_layer: ``(params, obs [..., *O]) -> (weights, policy_of)``: the parameters of the policy's last layer, with a
+      log_std that is one, and the policy at these ``obs`` as a function of them alone. None where nothing tells them apart.
     """
 
     init: Callable[[jax.Array], ActorCritic]
     policy: Callable[[ActorCritic, jax.Array], Any]
     value: Callable[[ActorCritic, jax.Array], jax.Array]
+    last_layer: Callable[[ActorCritic, jax.Array], tuple[Any, Callable]] | None = None
 
 
 class Conv3x3(nn.Module):
@@ -107,7 +112,7 @@ class PolicyHead(nn.Module):
             mean, raw = jnp.split(out, 2, axis=-1)
             log_std = jnp.log(nn.softplus(raw) + _MIN_STD)
         else:
-            mean = out
+            mean = nn.tanh(out) if self.distribution == "gaussian_tanh_mean" else out
             log_std = self.param("log_std", nn.initializers.zeros, (self.size,), jnp.float32)
             log_std = jnp.broadcast_to(log_std, mean.shape).astype(mean.dtype)
         return (TanhGaussian if self.distribution.startswith("tanh") else DiagGaussian)(mean, log_std)
@@ -227,7 +232,7 @@ def make_networks(
       policy_head_scale: scale of the policy's last layer; None means the scale of a hidden layer.
       distribution: ``"auto"`` is Categorical for Discrete and ``"gaussian"`` for a Box. ``"gaussian"`` and
         ``"tanh_gaussian"`` have one log_std [A] for all states, a parameter; with the suffix ``"_state"`` the head
-        gives σ = softplus(raw) + 0.001 for each state.
+        gives σ = softplus(raw) + 0.001 for each state. ``"gaussian_tanh_mean"`` is a Gaussian whose mean went through tanh.
       log_std_init: first value of a state-independent log_std.
       torso: ``"mlp"`` flattens the observation; ``"cnn"`` applies one 3x3 convolution with 16 features to [H, W, C]
         first; ``"auto"`` is ``"cnn"`` for rank 3, else ``"mlp"``.
@@ -297,4 +302,8 @@ def make_networks(
         value = value_head.apply(params.critic["head"], critic_torso.apply(torso_params, obs))
         return jnp.asarray(value)[..., 0]
 
-    return Networks(init, policy, value)
+    def last_layer(params: ActorCritic, obs: jax.Array):
+        features = actor_torso.apply(params.actor["torso"], obs)
+        return params.actor["head"], lambda head: policy_head.apply(head, features)
+
+    return Networks(init, policy, value, last_layer)

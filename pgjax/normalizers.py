@@ -103,8 +103,11 @@ def _mean_and_scale(moments: RunningMoments, x: jax.Array) -> tuple[jax.Array, j
 # moments are learned, and a guard against non-finite numbers may hold them back. Hence two arguments, two results.
 
 
-def _rescale(moments: RunningMoments, reward: jax.Array, clip) -> jax.Array:
-    """Divides by the standard deviation and never shifts: subtracting a mean would change what is optimal."""
+def rescale(moments: RunningMoments, reward: jax.Array, clip) -> jax.Array:
+    """``reward`` of any shape over the standard deviation in ``moments`` [], within ±``clip``, None for no bound.
+
+    Never shifted: subtracting a mean would change what is optimal.
+    """
     scaled = reward / jnp.broadcast_to(jnp.sqrt(moments.var + _EPS), reward.shape)
     return scaled if clip is None else jnp.clip(scaled, -clip, clip)
 
@@ -144,7 +147,7 @@ def scale_rewards_batch(
 
     accumulator, return_ = jax.lax.scan(body, accumulator, (reward, done))
     moments = update_moments(moments, return_, VEC_NORMALIZE_PRIOR_COUNT)
-    return moments, accumulator, _rescale(moments, reward, clip)
+    return moments, accumulator, rescale(moments, reward, clip)
 
 
 def scale_rewards_per_step(
@@ -166,7 +169,7 @@ def scale_rewards_per_step(
         return_ = reward_t + gamma * accumulator
         moments = update_moments(moments, return_, VEC_NORMALIZE_PRIOR_COUNT)
         accumulator = jnp.where(done_t, 0.0, return_).astype(accumulator.dtype)
-        return (moments, accumulator), _rescale(moments, reward_t, clip)
+        return (moments, accumulator), rescale(moments, reward_t, clip)
 
     (moments, accumulator), scaled = jax.lax.scan(body, (moments, accumulator), (reward, done))
     return moments, accumulator, scaled
@@ -196,7 +199,7 @@ def scale_rewards_purejaxrl(
         (moments, accumulator), (reward_t, done_t) = carry, now
         accumulator = (reward_t + gamma * jnp.where(done_t, 0.0, accumulator)).astype(accumulator.dtype)
         moments = update_moments(moments, accumulator, VEC_NORMALIZE_PRIOR_COUNT)
-        return (moments, accumulator), _rescale(moments, reward_t, None)
+        return (moments, accumulator), rescale(moments, reward_t, None)
 
     (moments, accumulator), scaled = jax.lax.scan(body, (moments, accumulator), (reward, done))
     return moments, accumulator, scaled

@@ -15,7 +15,7 @@ import numpy as np
 from flax import struct
 from jax.core import Tracer
 
-from pgjax import estimators, metrics, normalizers
+from pgjax import estimators, metrics, normalizers, sampling_error
 from pgjax.action_maps import make_action_map
 from pgjax.errors import RequestError, close_names
 from pgjax.networks import ActorCritic, Networks, make_networks
@@ -50,6 +50,8 @@ class Setup:
     reward_scaling: ``none``; ``batch``, ``per_step`` or ``purejaxrl`` accumulation of the discounted return's spread.
     distribution, action_map, torso, shared_torso, hidden_sizes, critic_hidden_sizes, activation, kernel_init,
     policy_head_scale, log_std_init: see ``pgjax.networks`` and ``pgjax.action_maps``.
+    sampling_error: measured in every iteration by one of the protocols of ``pgjax.sampling_error``, whose fit takes
+        ``sampling_error_epochs`` passes over the batch; or ``off``.
     """
 
     num_envs: int = 8
@@ -81,6 +83,8 @@ class Setup:
     kernel_init: str = "orthogonal"
     policy_head_scale: float | None = 0.01
     log_std_init: float = 0.0
+    sampling_error: Literal["off", "last_layer", "authors"] = "off"
+    sampling_error_epochs: int = 2000
 
 
 class Hypers(struct.PyTreeNode):
@@ -160,6 +164,7 @@ class Batch(struct.PyTreeNode):
     obs, final_obs: normalised with the frozen statistics.  action: in the policy's own space, before the action map.
     reward: scaled.  value, next_value: of ``obs`` and ``final_obs``; with value normalisation in normalised units.
     weight: 1 for samples that enter the losses, else 0; None if all do.
+    present: bool, whether there is a sample at all, in a buffer that is not full yet; None if all are there.
     advantage: reward units, not yet normalised.  value_target: in the critic's units.
     """
 
@@ -176,6 +181,30 @@ class Batch(struct.PyTreeNode):
     weight: Any = None
     advantage: Any = None
     value_target: Any = None
+    present: Any = None
+
+
+class Transitions(struct.PyTreeNode):
+    """Steps [T, B, ...] as they were: obs and final_obs not normalised, action in the policy's own space, reward not scaled."""
+
+    obs: jax.Array
+    action: jax.Array
+    reward: jax.Array
+    terminated: jax.Array
+    truncated: jax.Array
+    final_obs: jax.Array
+
+
+class Played(NamedTuple):
+    """What ``play`` returns of its steps.
+
+    dist: of the policy that acted, [T, B].  episode_return, episode_length: [T, B], of the episode up to and with this step.
+    """
+
+    transitions: Transitions
+    dist: Any
+    episode_return: jax.Array
+    episode_length: jax.Array
 
 
 class Policy(NamedTuple):
@@ -210,7 +239,9 @@ def make(
     *,
     update: Callable,
     estimate: Callable | None = None,
+    collector: Callable | None = None,
     init_extra: Callable | None = None,
+    init_memory: Callable | None = None,
     networks: Networks | None = None,
 ) -> Algorithm:
     """Puts a method together from its parts.
@@ -219,7 +250,10 @@ def make(
       name: public id.  env, setup, hypers: as the names say; ``hypers`` are the defaults of the returned algorithm.
       update: ``(core, key, learner, batch, hypers, progress) -> (learner, metrics)``: all gradient steps of one iteration.
       estimate: ``(core, hypers, learner, batch) -> batch`` with advantage, value_target and weight; GAE by default.
+      collector: ``(core, keys, state, hypers) -> (state, batch, metrics, moments)``, in place of ``collect``; it gets four
+        keys. It may move ``state.memory``, and ``state.learner.extra``, which the update then goes on from.
       init_extra: ``(core, hypers) -> pytree`` for ``Learner.extra``.
+      init_memory: ``(core, hypers) -> pytree`` for ``State.memory``.
       networks: a ``Networks``; built from ``setup`` by default.
 
     Raises: RequestError naming the field, the value and the remedy.
@@ -243,6 +277,7 @@ def make(
     networks, unravel = ravelled(networks)
     core = Core(env, setup, networks, unravel, tree_policy, make_action_map(action_map_name(setup, env), env.action_space))
     estimate = estimate or gae_estimate
+    collector = collector or collect
 
     def init(key, hypers, env_params=None):
         key, key_network, key_reset, key_state = jax.random.split(key, 4)
@@ -270,21 +305,22 @@ def make(
             nonfinite=jnp.zeros((), bool),
             env_params=env_params,
             obs_clip=jnp.asarray(hypers.obs_clip, jnp.float32),
-            memory=None,
+            memory=init_memory(core, hypers) if init_memory else None,
         )
 
     def step(state, hypers):
-        key, key_update, key_entropy, *keys_collect = jax.random.split(state.key, 6)
+        key, key_update, key_entropy, *keys_collect, key_error = jax.random.split(state.key, 8)
         # Progress before the iteration: the first one runs at the full learning rate, the last one at 1/num_iterations of it.
         progress = jnp.clip(state.env_steps / hypers.anneal_env_steps, 0, 1)
         old = state.learner
-        state, batch, collected, moments = collect(core, keys_collect, state, hypers)
+        state, batch, collected, moments = collector(core, keys_collect, state, hypers)
         batch = estimate(core, hypers, old, batch)
-        new, update_metrics = update(core, key_update, old, batch, hypers, progress)
+        new, update_metrics = update(core, key_update, state.learner, batch, hypers, progress)
         # The statistics move only now, after the gradient steps: the ratio was exactly 1 at the first minibatch.
         value_moments = old.value_moments
         if setup.normalize_value and batch.value_target is not None:
-            target = normalizers.denormalize(value_moments, batch.value_target)
+            # Of the steps just taken: those that a buffer still holds were counted when they were new.
+            target = normalizers.denormalize(value_moments, batch.value_target[-setup.num_steps :])
             value_moments = normalizers.update_moments(value_moments, target)
         new = new.replace(obs_moments=moments[0], reward_moments=moments[1], value_moments=value_moments)
 
@@ -294,9 +330,12 @@ def make(
         step_metrics = {
             **collected,
             **update_metrics,
-            **metrics.policy_change(log_ratio, batch.dist_old, dist),
-            "entropy": dist.entropy(key_entropy).mean(),
+            **metrics.policy_change(log_ratio, batch.dist_old, dist, batch.present),
+            "entropy": dist.entropy(key_entropy).mean(where=batch.present),
         }
+        if setup.sampling_error != "off":
+            error = sampling_error.of_batch(core, key_error, old.params, batch.obs, batch.action, batch.present)
+            step_metrics |= {**error, **sampling_error.frequency_gap(batch.dist_old, batch.action, batch.present)}
         if batch.value_target is not None:
             step_metrics["explained_variance"] = metrics.explained_variance(batch.value, batch.value_target, batch.weight)
         step_metrics = {
@@ -335,107 +374,119 @@ def make(
 
 
 def collect(core: Core, keys, state: State, hypers: Hypers):
-    """Plays T steps in B environments with the policy and statistics of ``state``. ``keys`` are three keys.
+    """Plays T steps in B environments with the policy and statistics of ``state``. ``keys`` begin with three keys.
 
     Returns: ``(state, batch, metrics, (obs_moments, reward_moments))``; the state has everything but its learner moved on,
     and the moments, which already hold this batch, are to be installed after the gradient steps.
     """
-    env, setup, learner = core.env, core.setup, state.learner
+    setup, learner = core.setup, state.learner
+    state, draws = draw_rollout(core, keys, state, hypers)
+    state, played = play(core, core.unravel(learner.params), state, draws, hypers)
+    steps = played.transitions
+    reward, reward_moments, state = scale_rewards(setup, hypers, learner.reward_moments, state, steps)
+    batch = with_values(
+        core,
+        learner.params,
+        Batch(
+            obs=normalize_obs(learner, hypers, steps.obs),
+            final_obs=normalize_obs(learner, hypers, steps.final_obs),
+            action=steps.action,
+            reward=reward,
+            terminated=steps.terminated,
+            truncated=steps.truncated,
+            dist_old=played.dist,
+            log_prob_old=played.dist.log_prob(steps.action),
+            value=None,
+            next_value=None,
+        ),
+    )
+    state, collected = count_steps(setup, state, played)
+    return state, batch, collected, (update_obs_moments(learner, steps.obs), reward_moments)
+
+
+def normalize_obs(learner: Learner, hypers: Hypers, obs: jax.Array) -> jax.Array:
+    """``obs`` [..., *O] with the learner's statistics, if it keeps some."""
+    if learner.obs_moments is None:
+        return obs
+    return normalizers.normalize(learner.obs_moments, obs, clip=hypers.obs_clip)
+
+
+def update_obs_moments(learner: Learner, obs: jax.Array):
+    """The learner's statistics with raw observations [T, B, *O] added; None if it keeps none."""
+    return None if learner.obs_moments is None else normalizers.update_moments(learner.obs_moments, obs)
+
+
+def draw_rollout(core: Core, keys, state: State, hypers: Hypers):
+    """``(state, draws)``: environments ready for T steps, and all random numbers of those, [T, B, ...].
+
+    They are drawn before the scan, in a few large operations instead of many small ones.
+    """
+    env, setup = core.env, core.setup
     env_params = _env_params(env, state.env_params)
-    key_refresh, key_action, key_env = keys
-
-    def normalize(obs):
-        if learner.obs_moments is None:
-            return obs
-        return normalizers.normalize(learner.obs_moments, obs, clip=hypers.obs_clip)
-
-    # All random numbers of the rollout are drawn before the scan, in a few large operations instead of many small ones.
+    key_refresh, key_action, key_env = keys[:3]
     shape = (setup.num_steps, setup.num_envs)
-    params = core.unravel(learner.params)  # here, or it would be done again in every step
-    noise = core.tree_policy(params, normalize(state.obs)).draw_noise(key_action, shape[:1])
-    keys = jax.random.split(key_env, shape)
-    presample = getattr(env, "presample", None)
-    draws, env_step = keys, env.step
-    if presample:
-        draws, env_step = presample(keys, env_params), env.step_presampled  # pyright: ignore[reportAttributeAccessIssue]
+    params = core.unravel(state.learner.params)
+    noise = core.tree_policy(params, normalize_obs(state.learner, hypers, state.obs)).draw_noise(key_action, shape[:1])
+    draws = jax.random.split(key_env, shape)
+    if hasattr(env, "presample"):
+        draws = env.presample(draws, env_params)  # pyright: ignore[reportAttributeAccessIssue]
+    return state.replace(env_state=env.refresh(key_refresh, state.env_state, env_params)), (draws, noise)
+
+
+def play(core: Core, params: ActorCritic, state: State, draws, hypers: Hypers) -> tuple[State, Played]:
+    """Plays the steps of ``draws`` with the policy of ``params``, which are trees, and the statistics of ``state``."""
+    env, learner = core.env, state.learner
+    env_params = _env_params(env, state.env_params)
+    env_step = env.step_presampled if hasattr(env, "presample") else env.step  # pyright: ignore[reportAttributeAccessIssue]
 
     def step(carry, draw):
         env_state, obs, episode_return, episode_length = carry
         draw_env, noise = draw
-        dist = core.tree_policy(params, normalize(obs))
+        dist = core.tree_policy(params, normalize_obs(learner, hypers, obs))
         action = dist.sample_with(noise)
         env_state, timestep = env_step(draw_env, env_state, core.action_map(action), env_params)
         episode_return = episode_return + timestep.reward
         episode_length = episode_length + 1
         ended = timestep.terminated | timestep.truncated
-        out = (obs, action, dist, timestep._replace(obs=None, metrics=None), episode_return, episode_length)
+        steps = Transitions(obs, action, timestep.reward, timestep.terminated, timestep.truncated, timestep.final_obs)
+        out = Played(steps, dist, episode_return, episode_length)
         episode_return, episode_length = jax.tree.map(
             lambda total: jnp.where(ended, 0, total), (episode_return, episode_length)
         )
         return (env_state, timestep.obs, episode_return, episode_length), out
 
-    carry = (
-        env.refresh(key_refresh, state.env_state, env_params),
-        state.obs,
-        state.episode_return,
-        state.episode_length,
-    )
-    (env_state, last_obs, episode_return, episode_length), out = jax.lax.scan(step, carry, (draws, noise))
-    obs, action, dist_old, timestep, returns, lengths = out
+    carry = (state.env_state, state.obs, state.episode_return, state.episode_length)
+    (env_state, obs, episode_return, episode_length), played = jax.lax.scan(step, carry, draws)
+    state = state.replace(env_state=env_state, obs=obs, episode_return=episode_return, episode_length=episode_length)
+    return state, played
 
-    obs_moments = learner.obs_moments
-    if obs_moments is not None:
-        obs_moments = normalizers.update_moments(obs_moments, obs)
-    ended = timestep.terminated | timestep.truncated
-    reward, reward_moments, reward_return = scale_rewards(
-        setup, hypers, learner.reward_moments, state.reward_return, timestep.reward, ended
-    )
-    batch = with_values(
-        core,
-        learner.params,
-        Batch(
-            obs=normalize(obs),
-            final_obs=normalize(timestep.final_obs),
-            action=action,
-            reward=reward,
-            terminated=timestep.terminated,
-            truncated=timestep.truncated,
-            dist_old=dist_old,
-            log_prob_old=dist_old.log_prob(action),
-            value=None,
-            next_value=None,
-        ),
-    )
-    state = state.replace(
-        env_steps=state.env_steps + setup.num_envs * setup.num_steps,
-        env_state=env_state,
-        obs=last_obs,
-        reward_return=reward_return,
-        episode_return=episode_return,
-        episode_length=episode_length,
-    )
+
+def count_steps(setup, state: State, played: Played):
+    """``(state, metrics)`` with T B more environment steps, and with the episodes that ended in them."""
+    state = state.replace(env_steps=state.env_steps + setup.num_envs * setup.num_steps)
+    ended = played.transitions.terminated | played.transitions.truncated
     episodes = ended.sum()
-    collected = {
+    return state, {
         "env_steps": state.env_steps,
         "episodes": episodes.astype(jnp.float32),
-        "episode_return": jnp.where(ended, returns, 0).sum() / episodes,  # NaN where no episode ended
-        "episode_length": jnp.where(ended, lengths, 0).sum() / episodes,
+        "episode_return": jnp.where(ended, played.episode_return, 0).sum() / episodes,  # NaN where no episode ended
+        "episode_length": jnp.where(ended, played.episode_length, 0).sum() / episodes,
     }
-    return state, batch, collected, (obs_moments, reward_moments)
 
 
-def scale_rewards(setup, hypers, moments, reward_return, reward, ended):
-    """``(scaled reward [T, B], moments, carried discounted return [B])`` by the scaling that ``setup`` names."""
-    reward = reward * hypers.reward_scale
+def scale_rewards(setup, hypers, moments, state: State, steps: Transitions):
+    """``(scaled reward [T, B], moments, state)`` by the scaling that ``setup`` names; the state's discounted return goes on."""
+    reward = steps.reward * hypers.reward_scale
     if setup.reward_scaling == "none":
-        return reward, moments, reward_return
+        return reward, moments, state
     scale = {
         "batch": normalizers.scale_rewards_batch,
         "per_step": normalizers.scale_rewards_per_step,
         "purejaxrl": normalizers.scale_rewards_purejaxrl,
     }[setup.reward_scaling]
-    moments, reward_return, reward = scale(moments, reward_return, reward, ended, hypers.gamma, hypers.reward_clip)
-    return reward, moments, reward_return
+    ended = steps.terminated | steps.truncated
+    moments, reward_return, reward = scale(moments, state.reward_return, reward, ended, hypers.gamma, hypers.reward_clip)
+    return reward, moments, state.replace(reward_return=reward_return)
 
 
 def with_values(core: Core, params: ActorCritic, batch: Batch) -> Batch:
@@ -466,6 +517,8 @@ def gae_estimate(core: Core, hypers: Hypers, learner: Learner, batch: Batch) -> 
     weight = None
     if setup.boundary == "mask" and not setup.brax_exact:
         weight = 1.0 - batch.truncated
+    if batch.present is not None:
+        weight = batch.present * (1.0 if weight is None else weight)
     return batch.replace(advantage=advantage, value_target=value_target, weight=weight)
 
 
@@ -522,7 +575,10 @@ def as_hypers(hypers: Hypers, **changes) -> Hypers:
 
 _AT_MOST_ONE = ("gamma", "gae_lambda", "rmsprop_decay")
 _BELOW_ONE = ("adam_b1", "adam_b2")
-_MAY_BE_INFINITE = ("max_grad_norm", "target_kl", "obs_clip", "reward_clip", "anneal_env_steps", "value_clip_eps")
+_MAY_BE_INFINITE = (
+    *("max_grad_norm", "target_kl", "obs_clip", "reward_clip", "anneal_env_steps", "value_clip_eps"),
+    *("behavior_clip_eps", "behavior_target_kl", "behavior_max_grad_norm"),
+)
 
 
 def _check_hyper(name, value):
@@ -543,7 +599,7 @@ def _check_hyper(name, value):
 
 def validate(setup: Setup, env: Environment) -> None:
     """Raises RequestError for a setup that cannot run, naming the field, the value and the remedy."""
-    counts = ("num_envs", "num_steps", "_epochs", "_minibatches", "_iterations")
+    counts = ("num_envs", "num_steps", "_epochs", "_minibatches", "_iterations", "_batches")
     for name in (field.name for field in dataclasses.fields(setup) if field.name.endswith(counts)):
         value = getattr(setup, name)
         if not isinstance(value, int) or value < 1:
@@ -553,7 +609,9 @@ def validate(setup: Setup, env: Environment) -> None:
         if get_origin(hint) is Literal and value not in get_args(hint):
             raise RequestError(f"setup.{name} = {value!r} is not one of {', '.join(get_args(hint))}")
     unrolls = setup.minibatch_by == "unroll"
-    for name in (field.name for field in dataclasses.fields(setup) if field.name.endswith("_minibatches")):
+    # What a behaviour policy is fitted to grows, and ends in a minibatch that is not full.
+    cut = (field.name for field in dataclasses.fields(setup) if field.name != "behavior_minibatches")
+    for name in (name for name in cut if name.endswith("_minibatches")):
         _check_divides(name, getattr(setup, name), setup, unrolls)
     if setup.advantage_recompute == "minibatch" and not unrolls:
         raise RequestError(

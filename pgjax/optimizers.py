@@ -42,10 +42,12 @@ def ravelled(networks: Networks) -> tuple[Networks, Callable[[ActorCritic], Acto
         params = networks.init(key)
         return ActorCritic(ravel_pytree(params.actor)[0], ravel_pytree(params.critic)[0])
 
+    last_layer = networks.last_layer
     return Networks(
         init=init,
         policy=lambda flat, obs: networks.policy(unravel(flat), obs),
         value=lambda flat, obs: networks.value(unravel(flat), obs),
+        last_layer=last_layer and (lambda flat, obs: last_layer(unravel(flat), obs)),
     ), unravel
 
 

@@ -34,7 +34,7 @@ CHECKPOINT_SECONDS = 5.0
 CHECKPOINT_SHARE, EVALUATION_SHARE = 0.05, 0.2
 # Evaluations that take less than this in all are never cut down.
 EVALUATION_FREE_SECONDS = 10.0
-DEFAULT_EPISODES = {"gymnax": 64}
+DEFAULT_EPISODES = {"gymnax": 64, "toy": 64}
 OTHER_EPISODES = 16
 
 
@@ -47,7 +47,7 @@ class RunSpec:
     configs: fields of ``Hypers`` that differ from the defaults, one dict per configuration; all share the Setup.
     seeds: whole numbers.  total_env_steps: per lane.
     log_every: iterations per row, None for about 200 rows.  num_evals: evaluations during the run.
-    eval_episodes: per evaluation and policy; None means 64 on gymnax and 16 elsewhere, cut down if they take too long.
+    eval_episodes: per evaluation and policy; None means 64 on gymnax and toys and 16 elsewhere, cut down if they take too long.
     objective: where a pluggable objective comes from, as text for the record.
     init_policy: path of a run whose first policy every lane starts from.
     precision: of matrix products, ``float32`` by default.  devices: how many to use, None for all.

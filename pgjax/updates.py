@@ -106,10 +106,11 @@ def samples_of(setup, batch: Batch) -> Batch:
     return jax.tree.map(lambda x: x.swapaxes(0, 1), batch)
 
 
-def shuffled(setup, key: jax.Array, num_epochs: int) -> jax.Array | None:
+def shuffled(setup, key: jax.Array, num_epochs: int, present: jax.Array | None = None) -> jax.Array | None:
     """Indices [num_epochs * num_minibatches, size]: every epoch has every sample once, in an order of its own.
 
-    None if the only minibatch is the whole batch, whose order makes no difference.
+    Those that are not ``present`` [num] come last. None if the only minibatch is the whole batch, whose order makes no
+    difference.
     """
     if setup.num_minibatches == 1:
         return None
@@ -118,6 +119,8 @@ def shuffled(setup, key: jax.Array, num_epochs: int) -> jax.Array | None:
     # Sorting by random words is a uniform permutation but for ties, so large batches get two words for each sample. The
     # sample's number takes the lowest bits of the last word: a CPU sorts single words five times faster than pairs.
     words = jax.random.bits(key, (1 if num <= 1 << 10 else 2, num_epochs, num), jnp.uint32)
+    if present is not None:
+        words = words.at[0].set((words[0] >> 1) | ((~present).astype(jnp.uint32) << 31))
     mask = jnp.uint32((1 << (num - 1).bit_length()) - 1)
     # Numbers are crossed with random bits, one pattern for each epoch, which makes the order of tied samples random too.
     pattern = words[-1, :, :1] & mask
@@ -183,6 +186,8 @@ def minibatch_sgd(
             kl = parts["kl_sampled"]
             if setup.early_stop == "minibatch":
                 active = active & ~(kl > hypers.target_kl)
+            # Of a buffer that is not full yet the last minibatches are empty.
+            takes_step = active if minibatch.present is None else active & minibatch.present.any()
             gradient, norm = clip_gradient(setup, hypers, gradient)
             if setup.learning_rate_schedule == "adaptive_kl":
                 # paper: none / authors' code: brax's PPO after RSL-RL, per minibatch and before its step / here: the same.
@@ -191,17 +196,17 @@ def minibatch_sgd(
                 factor = jnp.where((exact_kl > 0) & (exact_kl < hypers.desired_kl / 2), 1.5, factor)
                 # The floor under the divisor lets a learning rate of zero stay zero.
                 scaled = jnp.clip(learning_rate * lr_scale * factor, 1e-5, 1e-2) / jnp.maximum(learning_rate, 1e-30)
-                lr_scale = jnp.where(active, scaled, lr_scale)
+                lr_scale = jnp.where(takes_step, scaled, lr_scale)
             stepped = descend(setup, hypers, params, opt_state, gradient, learning_rate * lr_scale)
             if batch.value_target is None:
                 stepped = tuple(new._replace(critic=old.critic) for new, old in zip(stepped, (params, opt_state), strict=True))
             stepped = (*stepped, update_extra(sample, hypers, extra) if update_extra else extra)
-            if setup.early_stop != "off":
+            if setup.early_stop != "off" or minibatch.present is not None:
                 # A masked step of fixed length: under vmap a loop that ends early would wait for the slowest lane.
-                stepped = jax.tree.map(lambda new, old: jnp.where(active, new, old), stepped, (params, opt_state, extra))
+                stepped = jax.tree.map(lambda new, old: jnp.where(takes_step, new, old), stepped, (params, opt_state, extra))
             parts["grad_norm"] = norm
             # One array for all: storing each number is a kernel of its own.
-            out = jnp.stack([parts[name] for name in reported]), active
+            out = jnp.stack([parts[name] for name in reported]), takes_step
             if setup.early_stop == "epoch":
                 last = (number + 1) % setup.num_minibatches == 0
                 active = active & ~(last & (kl > hypers.target_kl))
@@ -227,7 +232,9 @@ def minibatch_sgd(
 
         prepared = None if setup.advantage_recompute == "epoch" else prepare(params)
         key_permute, key_entropy = jax.random.split(key)
-        steps = (jnp.arange(setup.num_epochs * setup.num_minibatches), shuffled(setup, key_permute, setup.num_epochs))
+        present = None if batch.present is None else batch.present.ravel()
+        order = shuffled(setup, key_permute, setup.num_epochs, present)
+        steps = (jnp.arange(setup.num_epochs * setup.num_minibatches), order)
         steps = jax.tree.map(lambda x: x.reshape(setup.num_epochs, setup.num_minibatches, *x.shape[1:]), steps)
         carry = (params, learner.opt_state, learner.extra, learner.lr_scale, jnp.ones((), bool))
         carry, (out, taken) = jax.lax.scan(epoch, carry, steps)

@@ -29,10 +29,12 @@ TABLE = {
     "spo": dict(num_epochs=2, num_minibatches=2, minibatch_by="unroll", advantage_std="sample"),
     "fixpo": dict(num_epochs=2, num_minibatches=2, fixup_minibatches=2),
     "dpo": dict(num_epochs=2, num_minibatches=2, minibatch_by="unroll", advantage_recompute="minibatch"),
+    "props": dict(num_epochs=2, num_minibatches=2, behavior_num_steps=2, behavior_minibatches=2, reward_scaling="batch"),
+    "ros": dict(num_epochs=2, num_minibatches=2, behavior_optimizer="adam", distribution="gaussian_tanh_mean"),
 }
 # What a method takes in place of these fields of other tests, where it has no such thing.
 NO_SUCH = {"trpo": ("num_epochs", "num_minibatches"), "mdpo": ("num_minibatches",)}
-PARTS = ("value_minibatches", "fixup_minibatches")
+PARTS = ("value_minibatches", "fixup_minibatches", "behavior_num_steps")
 TINY = dict(num_envs=4, num_steps=4, hidden_sizes=(4,), normalize_obs=True)
 COMMON_METRICS = """env_steps episodes episode_return episode_length loss_policy loss_value entropy kl kl_max ratio_min
     ratio_max ratio_deviation clip_fraction explained_variance grad_norm ess nonfinite""".split()

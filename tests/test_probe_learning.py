@@ -88,6 +88,8 @@ RUNS = {
     "spo": (100, {}),
     "fixpo": (100, {"num_envs": 16, "num_steps": 10, "num_minibatches": 4, "fixup_minibatches": 2, "normalize_value": False}),
     "dpo": (150, {}),
+    "props": (150, {"behavior_num_steps": 5, "behavior_epochs": 4, "behavior_minibatches": 2}),
+    "ros": (150, {}),
 }
 
 
