@@ -58,7 +58,7 @@ class Setup:
 class Hypers(struct.PyTreeNode):
     """Numbers that only enter arithmetic; every leaf a float32 scalar, so new values never compile again.
 
-    learning_rate: of the actor, and times ``critic_lr_scale`` of the critics; constant.  tau: Polyak weight of the target copies.
+    learning_rate: of the actor, and times ``critic_lr_scale`` of the critics.  tau: Polyak weight of the target copies.
     reward_scale: factor on every reward.  obs_clip: bound of normalised observations, in standard deviations.
     """
 

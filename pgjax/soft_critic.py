@@ -124,7 +124,9 @@ def soft_update(
     if setup.critic == "q":
         dist = networks.policy(params.actor, batch.final_obs)
         actions = draw_actions(dist, key_next)
-        next_value = soft_value(actions, cost(dist, actions), networks.target_q(learner.target, batch.final_obs, actions.action))
+        next_value = soft_value(
+            actions, cost(dist, actions), networks.target_q(learner.target, batch.final_obs, actions.action)
+        )
         y_q, y_v = bellman_target(reward, batch.terminated, next_value, hypers.gamma), None
     else:
         (loss_policy, (value, said)), gradient_actor = actor_gradient(params.actor, params.critic)

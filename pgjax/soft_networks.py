@@ -60,7 +60,9 @@ def make_soft_networks(
     choose("activation", activation, ACTIVATIONS)
     choose("kernel_init", kernel_init, KERNEL_INITS)
     hidden_sizes = layer_sizes("hidden_sizes", hidden_sizes)
-    critic_hidden_sizes = hidden_sizes if critic_hidden_sizes is None else layer_sizes("critic_hidden_sizes", critic_hidden_sizes)
+    critic_hidden_sizes = (
+        hidden_sizes if critic_hidden_sizes is None else layer_sizes("critic_hidden_sizes", critic_hidden_sizes)
+    )
     discrete = isinstance(action_space, Discrete)
     if not discrete and len(action_space.shape) != 1:
         raise RequestError(f"action_space.shape = {action_space.shape} is not of rank 1; flatten actions to (A,)")
