@@ -5,7 +5,7 @@ the temperature the copy drops out, and what remains is SAC with a fixed tempera
 """
 
 import dataclasses
-from typing import Any, Literal
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -93,41 +93,46 @@ def penalty(dist) -> jax.Array:
     return sum(((part**2).mean() for part in parts), start=jnp.zeros(()))
 
 
+def init_extra(core, hypers, params) -> Older:
+    """The first older copy is the policy of the start."""
+    return Older(params.actor, jnp.zeros((), jnp.int32))
+
+
+def update(core, key, learner, batch, hypers):
+    """One gradient step on a minibatch: critics, actor, target copies, older copy; see ``pgjax.off_policy.make``."""
+    index, older = core.setup.tsallis_index, learner.extra
+    dist_old = core.networks.policy(older.actor, batch.obs)
+
+    def cost(dist, actions):
+        return tsallis_cost(dist, actions, index)
+
+    def policy_loss(dist, actions, costs, q):
+        # Through the sample the gradient reaches the older policy's density too.
+        loss = mdpo_policy_loss(costs, cost(dist_old, actions), q, hypers.temperature, hypers.kl_coef, index)
+        return loss + hypers.actor_reg * penalty(dist)
+
+    learner, metrics = soft_update(
+        core, key, learner, batch, hypers, temperature=hypers.temperature, policy_loss=policy_loss, cost=cost
+    )
+    actor = learner.params.actor
+    kl = core.networks.policy(actor, batch.obs).kl(dist_old)
+    copied = jnp.where(older.updates % core.setup.copy_period == 0, actor, older.actor)
+    learner = learner.replace(extra=Older(copied, older.updates + 1))
+    return learner, {**metrics, "kl_reverse": kl.mean(), "kl_reverse_max": kl.max()}
+
+
 def make(env, setup: Setup = Setup(), hypers: Hypers = Hypers(), *, networks=None):  # noqa: B008
     """Off-policy MDPO on ``env``. ``networks`` replaces the built ones: a ``pgjax.soft_networks.SoftNetworks``."""
     check_counts(setup, ("copy_period",))
     if not 1 <= setup.tsallis_index <= 2:
         raise RequestError(f"setup.tsallis_index = {setup.tsallis_index} is outside of [1, 2]; 1 is the KL")
-    index = setup.tsallis_index
-
-    def cost(dist, actions):
-        return tsallis_cost(dist, actions, index)
-
-    def update(core, key, learner, batch, hypers):
-        older: Any = learner.extra
-        dist_old = core.networks.policy(older.actor, batch.obs)
-
-        def policy_loss(dist, actions, costs, q):
-            # Through the sample the gradient reaches the old policy's density too.
-            loss = mdpo_policy_loss(costs, cost(dist_old, actions), q, hypers.temperature, hypers.kl_coef, index)
-            return loss + hypers.actor_reg * penalty(dist)
-
-        learner, metrics = soft_update(
-            core, key, learner, batch, hypers, temperature=hypers.temperature, policy_loss=policy_loss, cost=cost
-        )
-        actor = learner.params.actor
-        kl = core.networks.policy(actor, batch.obs).kl(dist_old)
-        copied = jnp.where(older.updates % setup.copy_period == 0, actor, older.actor)
-        learner = learner.replace(extra=Older(copied, older.updates + 1))
-        return learner, {**metrics, "kl_reverse": kl.mean(), "kl_reverse_max": kl.max()}
-
     algorithm = off_policy.make(
         "mdpo_off",
         env,
         setup,
         hypers,
         update=update,
-        init_extra=lambda core, hypers, params: Older(params.actor, jnp.zeros((), jnp.int32)),
+        init_extra=init_extra,
         networks=networks,
         act_deterministic=setup.act_deterministic,
     )

@@ -14,7 +14,6 @@ import jax.numpy as jnp
 
 from pgjax import off_policy
 from pgjax.duals import init_duals, step_duals
-from pgjax.errors import RequestError
 from pgjax.soft_critic import draw_actions, expect, log_prob, soft_update
 from pgjax.spaces import Discrete
 
@@ -60,39 +59,39 @@ def target_entropy(action_space, scale) -> jax.Array:
     return -scale * action_space.shape[0]
 
 
+def init_extra(core, hypers, params):
+    """The dual log α; None if it is fixed."""
+    if core.setup.temperature == "fixed":
+        return None
+    # A floor, because a dual that starts at zero could never rise.
+    return init_duals(log_temperature=jnp.log(jnp.maximum(hypers.temperature, 1e-8)))
+
+
+def update(core, key, learner, batch, hypers):
+    """One gradient step on a minibatch: critics, actor, temperature, target copies; see ``pgjax.off_policy.make``."""
+    key_step, key_temperature = jax.random.split(key)
+    alpha = hypers.temperature if learner.extra is None else jnp.exp(learner.extra["log_temperature"])
+    learner, metrics = soft_update(
+        core,
+        key_step,
+        learner,
+        batch,
+        hypers,
+        temperature=alpha,
+        policy_loss=lambda dist, actions, log_prob, q: sac_policy_loss(log_prob, q, alpha),
+    )
+    if learner.extra is not None:
+        # A fresh sample of the policy that has just been updated, as in the authors' code.
+        dist = core.networks.policy(learner.params.actor, batch.obs)
+        actions = draw_actions(dist, key_temperature)
+        sampled = expect(actions, log_prob(dist, actions))
+        target = target_entropy(core.env.action_space, hypers.target_entropy_scale)
+        gradient = jax.grad(temperature_loss)(learner.extra["log_temperature"], sampled, target)
+        duals = step_duals(learner.extra, {"log_temperature": gradient}, hypers.temperature_lr, minimum=-jnp.inf)
+        learner = learner.replace(extra=duals)
+    return learner, {**metrics, "temperature": jnp.asarray(alpha)}
+
+
 def make(env, setup: Setup = Setup(), hypers: Hypers = Hypers(), *, networks=None):  # noqa: B008
     """SAC on ``env``. ``networks`` replaces the built ones: a ``pgjax.soft_networks.SoftNetworks``."""
-    learns_temperature = setup.temperature == "auto"
-    if isinstance(env.action_space, Discrete) and env.action_space.num < 2:
-        raise RequestError(f"{env.name} has one action only; there is nothing to learn")
-
-    def init_extra(core, hypers, params):
-        # A floor, because a dual that starts at zero could never rise.
-        return init_duals(log_temperature=jnp.log(jnp.maximum(hypers.temperature, 1e-8)))
-
-    def update(core, key, learner, batch, hypers):
-        key_step, key_temperature = jax.random.split(key)
-        alpha = jnp.exp(learner.extra["log_temperature"]) if learns_temperature else hypers.temperature
-        learner, metrics = soft_update(
-            core,
-            key_step,
-            learner,
-            batch,
-            hypers,
-            temperature=alpha,
-            policy_loss=lambda dist, actions, log_prob, q: sac_policy_loss(log_prob, q, alpha),
-        )
-        if learns_temperature:
-            # A fresh sample of the policy that has just been updated, as in the authors' code.
-            dist = core.networks.policy(learner.params.actor, batch.obs)
-            actions = draw_actions(dist, key_temperature)
-            sampled = expect(actions, log_prob(dist, actions))
-            target = target_entropy(env.action_space, hypers.target_entropy_scale)
-            gradient = jax.grad(temperature_loss)(learner.extra["log_temperature"], sampled, target)
-            duals = step_duals(learner.extra, {"log_temperature": gradient}, hypers.temperature_lr, minimum=-jnp.inf)
-            learner = learner.replace(extra=duals)
-        return learner, {**metrics, "temperature": jnp.asarray(alpha)}
-
-    return off_policy.make(
-        "sac", env, setup, hypers, update=update, init_extra=init_extra if learns_temperature else None, networks=networks
-    )
+    return off_policy.make("sac", env, setup, hypers, update=update, init_extra=init_extra, networks=networks)

@@ -49,7 +49,7 @@ class Setup:
     critic: Literal["q", "v"] = "q"
     actor_value: Literal["min", "first"] = "min"
     normalize_obs: bool = False
-    hidden_sizes: tuple[int, ...] = (256, 256)
+    hidden_sizes: tuple[int, ...] | None = None
     critic_hidden_sizes: tuple[int, ...] | None = None
     activation: str = "relu"
     kernel_init: str = "glorot_uniform"

@@ -40,7 +40,7 @@ def make_soft_networks(
     action_space: Space,
     *,
     state_value: bool = False,
-    hidden_sizes: tuple[int, ...] = (256, 256),
+    hidden_sizes: tuple[int, ...] | None = None,
     critic_hidden_sizes: tuple[int, ...] | None = None,
     activation: str = "relu",
     kernel_init: str = "glorot_uniform",
@@ -50,7 +50,8 @@ def make_soft_networks(
     Discrete actions with observations [H, W, C] get the convolution of ``make_networks``; otherwise these are flattened.
 
     Args:
-      state_value: whether there is a V besides the two Q.  hidden_sizes, critic_hidden_sizes: None for the latter means alike.
+      state_value: whether there is a V besides the two Q.
+      hidden_sizes: widths of the dense layers; None means (256, 256).  critic_hidden_sizes: None means ``hidden_sizes``.
       activation: a key of ``ACTIVATIONS``.  kernel_init: one of ``KERNEL_INITS``, for every layer; orthogonal is scaled by √2
         in hidden layers.
 
@@ -59,7 +60,7 @@ def make_soft_networks(
     """
     choose("activation", activation, ACTIVATIONS)
     choose("kernel_init", kernel_init, KERNEL_INITS)
-    hidden_sizes = layer_sizes("hidden_sizes", hidden_sizes)
+    hidden_sizes = layer_sizes("hidden_sizes", (256, 256) if hidden_sizes is None else hidden_sizes)
     critic_hidden_sizes = (
         hidden_sizes if critic_hidden_sizes is None else layer_sizes("critic_hidden_sizes", critic_hidden_sizes)
     )
