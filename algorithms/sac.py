@@ -69,8 +69,9 @@ def init_extra(core, hypers, params):
 
 def update(core, key, learner, batch, hypers):
     """One gradient step on a minibatch: critics, actor, temperature, target copies; see ``pgjax.off_policy.make``."""
-    key_step, key_temperature = jax.random.split(key)
-    alpha = hypers.temperature if learner.extra is None else jnp.exp(learner.extra["log_temperature"])
+    learns_temperature = learner.extra is not None
+    key_step, key_temperature = jax.random.split(key) if learns_temperature else (key, None)
+    alpha = jnp.exp(learner.extra["log_temperature"]) if learns_temperature else hypers.temperature
     learner, metrics = soft_update(
         core,
         key_step,
@@ -80,7 +81,7 @@ def update(core, key, learner, batch, hypers):
         temperature=alpha,
         policy_loss=lambda dist, actions, log_prob, q: sac_policy_loss(log_prob, q, alpha),
     )
-    if learner.extra is not None:
+    if learns_temperature:
         # A fresh sample of the policy that has just been updated, as in the authors' code.
         dist = core.networks.policy(learner.params.actor, batch.obs)
         actions = draw_actions(dist, key_temperature)

@@ -515,7 +515,7 @@ def result_cells(results: Sequence[Result]) -> list[tuple[str, ...]]:
             _with_interval(r),
             f"{len(r.seeds)} of {len(r.seeds) + len(r.frozen)}" if r.frozen else f"{len(r.seeds)}",
             f"{r.env_steps:,}",
-            f"{r.kl:.2e}",
+            "" if math.isnan(r.kl) else f"{r.kl:.2e}",
             f"{r.microseconds:#.3g}",
             "" if r.ratio is None else f"{r.ratio:.2f}",
             f"{r.compile_seconds:.1f}",

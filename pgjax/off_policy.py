@@ -278,7 +278,7 @@ def _draw(core: Core, keys, state: State, env_params):
     dist = jax.eval_shape(core.networks.policy, state.learner.params.actor, state.obs)
     noise = dist.draw_noise(key_noise, shape[:1])
     if isinstance(env.action_space, Discrete):
-        uniform = jax.random.randint(key_uniform, shape, 0, env.action_space.num)
+        uniform = jax.random.randint(key_uniform, shape, 0, env.action_space.num, jnp.int32)
     else:
         uniform = jax.random.uniform(key_uniform, (*shape, *env.action_space.shape), noise.dtype, -1, 1)
     draws, env_step = jax.random.split(key_env, shape), env.step
