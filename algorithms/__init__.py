@@ -1,6 +1,7 @@
 """One file per paper. ``make`` builds any of them by its public id."""
 
 import importlib
+import inspect
 
 from pgjax.errors import RequestError, close_names
 
@@ -13,11 +14,13 @@ _ALGORITHMS = {
     "trpo": ("pgjax.algorithms.trpo", "Trust region policy optimization (Schulman et al. 2015)"),
     "vmpo": ("pgjax.algorithms.vmpo", "On-policy maximum a posteriori policy optimization (Song et al. 2019)"),
     "mdpo": ("pgjax.algorithms.mdpo", "Mirror descent policy optimization, on-policy (Tomar et al. 2020)"),
+    "mdpo_off": ("pgjax.algorithms.mdpo_off", "Mirror descent policy optimization, off-policy (Tomar et al. 2020)"),
     "spo": ("pgjax.algorithms.spo", "Simple Policy Optimization (Xie et al. 2025)"),
     "fixpo": ("pgjax.algorithms.fixpo", "Fixup policy optimization (Zentner et al. 2023)"),
     "dpo": ("pgjax.algorithms.dpo", "Discovered Policy Optimisation (Lu et al. 2022)"),
     "props": ("pgjax.algorithms.props", "Proximal robust on-policy sampling, with PPO (Corrado and Hanna 2023)"),
     "ros": ("pgjax.algorithms.ros", "Robust on-policy sampling, with PPO (Zhong et al. 2022)"),
+    "sac": ("pgjax.algorithms.sac", "Soft actor-critic with a learned temperature (Haarnoja et al. 2018)"),
 }
 
 
@@ -41,6 +44,9 @@ def make(name: str, env, hypers: dict | None = None, *, objective=None, networks
     """
     module = get(name)
     plugs = {key: plug for key, plug in (("objective", objective), ("networks", networks)) if plug is not None}
+    for key in plugs:
+        if key not in inspect.signature(module.make).parameters:
+            raise RequestError(f"{name} takes no {key} of your own; leave it out")
     return module.make(
         env, module_setup(module, setup), module.Hypers(**_known(module.Hypers, "hypers", hypers or {})), **plugs
     )

@@ -128,6 +128,12 @@ def program_bytes(compiled, num_devices: int) -> int:
     return int((held - analysis.alias_size_in_bytes) * num_devices)
 
 
+def array_bytes(tree: Any) -> int:
+    """Bytes of the arrays in ``tree``, or of what their shapes and types describe; random keys count as nothing."""
+    leaves = [leaf for leaf in jax.tree.leaves(tree) if not jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)]
+    return sum(leaf.size * leaf.dtype.itemsize for leaf in leaves)
+
+
 # What a run on a CPU takes besides its training program as XLA accounts for it: programs for evaluation and saving, copies of
 # the state on their way to the host, and what XLA leaves out. Fitted to resident memory, docs/benchmarks.md has the table.
 _CPU_FIXED_BYTES, _CPU_FACTOR = 128 << 20, 1.4

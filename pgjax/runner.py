@@ -349,10 +349,9 @@ class _Run:
         if size < 1:
             one = lanes_.run_bytes(group.program_bytes * num_devices // group.spread.num_padded, device)
             what = "one lane needs" if num_devices == 1 else f"{num_devices} lanes, one on each device, need"
-            raise RunError(
-                f"{what} about {one / 2**20:.0f} MiB and {available / 2**20:.0f} MiB are free; "
-                "lower setup.num_envs or setup.num_steps"
-            )
+            fields = [name for name in ("buffer_size", "num_envs", "num_steps") if hasattr(self.algorithm.setup, name)]
+            remedy = " or ".join(f"setup.{name}" for name in fields[:2]) or "the number of seeds"
+            raise RunError(f"{what} about {one / 2**20:.0f} MiB and {available / 2**20:.0f} MiB are free; lower {remedy}")
         self.record["group_size"] = size
         count = math.ceil(len(self.lanes) / size)
         self.report(
@@ -393,6 +392,9 @@ class _Group:
             self.init = compiling.result()
         self._evaluate = {}
         self.program_bytes = lanes_.program_bytes(self.chunk, len(devices))
+        if on_cpu(devices):
+            # Saving copies the whole state, which counts where it holds a replay buffer.
+            self.program_bytes += lanes_.array_bytes(state)
         self.bytes = lanes_.run_bytes(self.program_bytes, devices[0])
         self.run.record["seconds"]["compile"] += time.perf_counter() - started
         run.report(

@@ -84,6 +84,8 @@ OBJECTIVES = {
     # The target policy's; that of the behaviour policy has no advantage in it.
     "props": lambda sample: ppo.clip_surrogate(sample.log_ratio, sample.advantage, 0.2),
     "ros": lambda sample: ppo.clip_surrogate(sample.log_ratio, sample.advantage, 0.2),
+    "sac": None,  # climbs its critic, without ratio and advantage
+    "mdpo_off": None,
     "vmpo": None,  # weighted maximum likelihood: its first step is not the policy gradient
 }
 # Without the importance ratio; their drift is not one.

@@ -91,6 +91,12 @@ RUNS = {
     "props": (150, {"behavior_num_steps": 5, "behavior_epochs": 4, "behavior_minibatches": 2}),
     "ros": (150, {}),
 }
+# Methods that learn from a replay buffer, in test_off_policy.py.
+ELSEWHERE = {"sac", "mdpo_off"}
+
+
+def test_every_algorithm_has_a_row():
+    assert {*RUNS, *ELSEWHERE} == set(list_algorithms())
 
 
 def trained(name, env, probes, iterations, **setup):
@@ -111,7 +117,7 @@ def trained(name, env, probes, iterations, **setup):
     return {probe: (np.asarray(obs[i]), np.asarray(values[i]), np.asarray(actions[i])) for i, probe in enumerate(probes)}
 
 
-@pytest.fixture(scope="module", params=[(n, c) for n in list_algorithms() for c in (False, True)], ids=str)
+@pytest.fixture(scope="module", params=[(n, c) for n in RUNS for c in (False, True)], ids=str)
 def answers(request):
     name, continuous = request.param
     iterations, setup = RUNS[name]
