@@ -1,6 +1,7 @@
 """One file per paper. ``make`` builds any of them by its public id."""
 
 import importlib
+import inspect
 
 from pgjax.errors import RequestError, close_names
 
@@ -16,6 +17,10 @@ _ALGORITHMS = {
     "spo": ("pgjax.algorithms.spo", "Simple Policy Optimization (Xie et al. 2025)"),
     "fixpo": ("pgjax.algorithms.fixpo", "Fixup policy optimization (Zentner et al. 2023)"),
     "dpo": ("pgjax.algorithms.dpo", "Discovered Policy Optimisation (Lu et al. 2022)"),
+    "avg": ("pgjax.algorithms.avg", "Action Value Gradient, incremental (Vasan et al. 2024)"),
+    "iac": ("pgjax.algorithms.iac", "Incremental one-step actor-critic, a baseline of AVG"),
+    "sac1": ("pgjax.algorithms.sac1", "SAC that learns from the last transition alone, a baseline of AVG"),
+    "td3_1": ("pgjax.algorithms.td3_1", "TD3 that learns from the last transition alone, a baseline of AVG"),
 }
 
 
@@ -39,6 +44,9 @@ def make(name: str, env, hypers: dict | None = None, *, objective=None, networks
     """
     module = get(name)
     plugs = {key: plug for key, plug in (("objective", objective), ("networks", networks)) if plug is not None}
+    for key in plugs:
+        if key not in inspect.signature(module.make).parameters:
+            raise RequestError(f"{name} takes no {key} of your own; leave it out")
     return module.make(
         env, module_setup(module, setup), module.Hypers(**_known(module.Hypers, "hypers", hypers or {})), **plugs
     )

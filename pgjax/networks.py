@@ -25,7 +25,7 @@ ACTIVATIONS: dict[str, Callable] = {
     "gelu": nn.gelu,
     "leaky_relu": nn.leaky_relu,
 }
-KERNEL_INITS = ("orthogonal", "lecun_uniform", "lecun_normal")
+KERNEL_INITS = ("orthogonal", "lecun_uniform", "lecun_normal", "glorot_uniform")
 TORSOS = ("auto", "mlp", "cnn")
 DISTRIBUTIONS = ("auto", "categorical", "gaussian", "gaussian_state", "tanh_gaussian", "tanh_gaussian_state")
 
@@ -137,34 +137,44 @@ def _orthonormal(matrices: list[jax.Array]) -> list[jax.Array]:
     return [q[i, : x.shape[1], : x.shape[0]].T for i, x in enumerate(matrices)]
 
 
-def _draw_kernels(key: jax.Array, shapes: list[tuple[int, ...]], name: str) -> list[jax.Array]:
-    """Kernels [..., F_in, F_out] of the given shapes: orthogonal, or of variance 1 / fan-in; consumes ``key``.
+def draw_kernels(key: jax.Array, shapes: list[tuple[int, ...]], name: str) -> list[jax.Array]:
+    """Kernels [..., F_in, F_out] of the given shapes; consumes ``key``.
+
+    Orthogonal; of variance 1 / fan-in (LeCun); or of variance 2 / (fan-in + fan-out) (Glorot).
 
     All random numbers come from one draw. With one per kernel, as the initialisers of Flax take them, most of the time
     to compile an ``init`` went into compiling the same generator again and again.
     """
+
+    def uniform(key, shape, dtype):
+        return jax.random.uniform(key, shape, dtype, -math.sqrt(3), math.sqrt(3))
+
     draw = {
         "orthogonal": jax.random.normal,
-        "lecun_uniform": lambda key, shape, dtype: jax.random.uniform(key, shape, dtype, -math.sqrt(3), math.sqrt(3)),
+        "lecun_uniform": uniform,
+        "glorot_uniform": uniform,
         "lecun_normal": lambda key, shape, dtype: jax.random.truncated_normal(key, -2, 2, shape, dtype) / _CUT_NORMAL_STD,
     }[name]
     sizes = [math.prod(shape) for shape in shapes]
     pieces = jnp.split(draw(key, (sum(sizes),), jnp.float32), np.cumsum(sizes)[:-1])
 
-    if name != "orthogonal":
-        return [x.reshape(shape) / math.sqrt(math.prod(shape[:-1])) for x, shape in zip(pieces, shapes, strict=True)]
     fans = [(math.prod(shape[:-1]), shape[-1]) for shape in shapes]
+    if name != "orthogonal":
+        widths = [sum(fan) / 2 if name == "glorot_uniform" else fan[0] for fan in fans]
+        return [x.reshape(shape) / math.sqrt(width) for x, shape, width in zip(pieces, shapes, widths, strict=True)]
     # A wide kernel has orthonormal rows, made as the columns of a tall one.
     tall = _orthonormal([x.reshape(max(fan), min(fan)) for x, fan in zip(pieces, fans, strict=True)])
     return [(q if fan[0] >= fan[1] else q.T).reshape(shape) for q, fan, shape in zip(tall, fans, shapes, strict=True)]
 
 
-def _choose(field: str, value: str, known) -> None:
+def choose(field: str, value: str, known) -> None:
+    """Raises RequestError unless ``value`` is one of ``known``."""
     if value not in known:
         raise RequestError(f"{field} = {value!r} is unknown; {close_names(str(value), known)}")
 
 
-def _sizes(field: str, sizes) -> tuple[int, ...]:
+def layer_sizes(field: str, sizes) -> tuple[int, ...]:
+    """``sizes`` as a tuple of widths. Raises RequestError unless all are positive integers."""
     sizes = tuple(sizes)
     if not all(isinstance(size, int) and size > 0 for size in sizes):
         raise RequestError(f"{field} = {sizes} has a width that is not a positive integer; e.g. {field} = (64, 64)")
@@ -173,7 +183,7 @@ def _sizes(field: str, sizes) -> tuple[int, ...]:
 
 def _resolve_distribution(distribution: str, action_space: Space) -> tuple[str, int]:
     """The distribution's name without "auto", and the width of one parameter vector (num_actions or A)."""
-    _choose("distribution", distribution, DISTRIBUTIONS)
+    choose("distribution", distribution, DISTRIBUTIONS)
     if isinstance(action_space, Discrete):
         if distribution not in ("auto", "categorical"):
             raise RequestError(f"distribution = {distribution!r} does not fit discrete actions; use 'auto'")
@@ -185,8 +195,9 @@ def _resolve_distribution(distribution: str, action_space: Space) -> tuple[str, 
     return ("gaussian" if distribution == "auto" else distribution), action_space.shape[0]
 
 
-def _resolve_torso(torso: str, obs_shape: tuple[int, ...]) -> str:
-    _choose("torso", torso, TORSOS)
+def resolve_torso(torso: str, obs_shape: tuple[int, ...]) -> str:
+    """``mlp`` or ``cnn``, which ``auto`` is for observations [H, W, C]. Raises RequestError if it does not fit them."""
+    choose("torso", torso, TORSOS)
     if torso == "auto":
         torso = "cnn" if len(obs_shape) == 3 else "mlp"
     if torso == "cnn" and (len(obs_shape) != 3 or min(obs_shape[:2]) < 3):
@@ -213,7 +224,7 @@ def make_networks(
     """Builds actor and critic for a pair of spaces.
 
     Biases start at zero. With ``kernel_init="orthogonal"`` hidden layers are scaled by √2, the policy head by
-    ``policy_head_scale``, the value head by 1. A LeCun initialiser is used as it is, for the policy head times
+    ``policy_head_scale``, the value head by 1. A LeCun or Glorot initialiser is used as it is, for the policy head times
     ``policy_head_scale`` unless that is None.
 
     Args:
@@ -244,16 +255,16 @@ def make_networks(
     3x3 with stride 1, then 128 units). paper: relu / authors' code: relu / here: ``activation``. PureJaxRL flattens
     MinAtar's observations instead: ``torso="mlp"``.
     """
-    _choose("activation", activation, ACTIVATIONS)
-    _choose("kernel_init", kernel_init, KERNEL_INITS)
+    choose("activation", activation, ACTIVATIONS)
+    choose("kernel_init", kernel_init, KERNEL_INITS)
     kind, size = _resolve_distribution(distribution, action_space)
-    torso = _resolve_torso(torso, observation_space.shape)
+    torso = resolve_torso(torso, observation_space.shape)
     if hidden_sizes is None:
         hidden_sizes = (128,) if torso == "cnn" else (64, 64)
-    hidden_sizes = _sizes("hidden_sizes", hidden_sizes)
+    hidden_sizes = layer_sizes("hidden_sizes", hidden_sizes)
     if shared_torso and critic_hidden_sizes is not None:
         raise RequestError(f"critic_hidden_sizes = {critic_hidden_sizes} has no use with shared_torso; leave it None")
-    critic_hidden_sizes = hidden_sizes if critic_hidden_sizes is None else _sizes("critic_hidden_sizes", critic_hidden_sizes)
+    critic_hidden_sizes = hidden_sizes if critic_hidden_sizes is None else layer_sizes("critic_hidden_sizes", critic_hidden_sizes)
     if policy_head_scale is not None and not 0 <= policy_head_scale < math.inf:
         raise RequestError(f"policy_head_scale = {policy_head_scale} is not a scale; give a number >= 0, or None")
     if kind.endswith("_state") and log_std_init != 0.0:
@@ -279,7 +290,7 @@ def make_networks(
     def init(key: jax.Array) -> ActorCritic:
         leaves, structure = jax.tree_util.tree_flatten_with_path(jax.eval_shape(shapes))
         kernel_shapes = [leaf.shape for path, leaf in leaves if path[-1].key == "kernel"]
-        kernels = iter(_draw_kernels(key, kernel_shapes, kernel_init))
+        kernels = iter(draw_kernels(key, kernel_shapes, kernel_init))
 
         def first_value(path, leaf):
             network, part, name = path[0].name, path[1].key, path[-1].key

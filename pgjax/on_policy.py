@@ -6,7 +6,7 @@ the normalisers, lives here once.
 """
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, Literal, NamedTuple, get_args, get_origin, get_type_hints
 
 import jax
@@ -520,7 +520,7 @@ def as_hypers(hypers: Hypers, **changes) -> Hypers:
     return type(hypers)(**fields)
 
 
-_AT_MOST_ONE = ("gamma", "gae_lambda", "rmsprop_decay")
+_AT_MOST_ONE = ("gamma", "gae_lambda", "rmsprop_decay", "tau")
 _BELOW_ONE = ("adam_b1", "adam_b2")
 _MAY_BE_INFINITE = ("max_grad_norm", "target_kl", "obs_clip", "reward_clip", "anneal_env_steps", "value_clip_eps")
 
@@ -544,14 +544,8 @@ def _check_hyper(name, value):
 def validate(setup: Setup, env: Environment) -> None:
     """Raises RequestError for a setup that cannot run, naming the field, the value and the remedy."""
     counts = ("num_envs", "num_steps", "_epochs", "_minibatches", "_iterations")
-    for name in (field.name for field in dataclasses.fields(setup) if field.name.endswith(counts)):
-        value = getattr(setup, name)
-        if not isinstance(value, int) or value < 1:
-            raise RequestError(f"setup.{name} = {value!r} must be a whole number >= 1")
-    for name, hint in get_type_hints(type(setup)).items():
-        value = getattr(setup, name)
-        if get_origin(hint) is Literal and value not in get_args(hint):
-            raise RequestError(f"setup.{name} = {value!r} is not one of {', '.join(get_args(hint))}")
+    check_counts(setup, [field.name for field in dataclasses.fields(setup) if field.name.endswith(counts)])
+    check_choices(setup)
     unrolls = setup.minibatch_by == "unroll"
     for name in (field.name for field in dataclasses.fields(setup) if field.name.endswith("_minibatches")):
         _check_divides(name, getattr(setup, name), setup, unrolls)
@@ -565,6 +559,22 @@ def validate(setup: Setup, env: Environment) -> None:
         )
     if setup.boundary != "mask" and setup.brax_exact:
         raise RequestError(f"setup.brax_exact = True has no effect with boundary = {setup.boundary!r}; use boundary = 'mask'")
+
+
+def check_counts(setup: Any, names: Iterable[str]) -> None:
+    """Raises RequestError unless these fields are whole numbers from 1 on."""
+    for name in names:
+        value = getattr(setup, name)
+        if not isinstance(value, int) or value < 1:
+            raise RequestError(f"setup.{name} = {value!r} must be a whole number >= 1")
+
+
+def check_choices(setup: Any) -> None:
+    """Raises RequestError unless every field of a few choices is one of them."""
+    for name, hint in get_type_hints(type(setup)).items():
+        value = getattr(setup, name)
+        if get_origin(hint) is Literal and value not in get_args(hint):
+            raise RequestError(f"setup.{name} = {value!r} is not one of {', '.join(get_args(hint))}")
 
 
 def _check_divides(name: str, value: int, setup: Setup, unrolls: bool) -> None:

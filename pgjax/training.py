@@ -129,7 +129,9 @@ def run_rows(algorithm: Algorithm, state: PyTree, hypers: PyTree, iterations: ja
 
 
 def with_horizon(hypers: PyTree, env_steps: int) -> PyTree:
-    """``hypers`` with the schedules' horizon filled in, unless it was given."""
+    """``hypers`` with the schedules' horizon filled in, unless it was given or the method has no schedules."""
+    if not hasattr(hypers, "anneal_env_steps"):
+        return hypers
     horizon = hypers.anneal_env_steps
     return hypers.replace(anneal_env_steps=jnp.where(jnp.isinf(horizon), jnp.float32(env_steps), horizon))
 
