@@ -69,6 +69,4 @@ def make(env, setup: Setup = Setup(), hypers: Hypers = Hypers()):  # noqa: B008
         }
         return descend_both(hypers, learner, gradient), metrics
 
-    return incremental.make(
-        "avg", env, setup, hypers, update=update, make_networks=make_incremental_networks, num_fresh=1
-    )
+    return incremental.make("avg", env, setup, hypers, update=update, make_networks=make_incremental_networks, num_fresh=1)

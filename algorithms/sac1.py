@@ -73,7 +73,7 @@ def make(env, setup: Setup = Setup(), hypers: Hypers = Hypers()):  # noqa: B008
         policy, squash = core.networks.policy, core.networks.squash
 
         def q(critics, obs, action):
-            return jnp.stack([core.networks.value(critic, obs, squash(action)) for critic in critics])
+            return [core.networks.value(critic, obs, squash(action)) for critic in critics]
 
         (actor, critics), extra = learner.params, learner.extra
         alpha = jnp.exp(extra["log_temperature"])
@@ -82,11 +82,11 @@ def make(env, setup: Setup = Setup(), hypers: Hypers = Hypers()):  # noqa: B008
 
         dist = policy(actor, t.next_obs)
         next_action = dist.sample_with(t.fresh_noise[0])
-        next_value = q(extra["target"], t.next_obs, next_action).min() - alpha * dist.log_prob(next_action)
+        next_value = jnp.minimum(*q(extra["target"], t.next_obs, next_action)) - alpha * dist.log_prob(next_action)
         target = value_target(t, next_value, hypers.gamma)
 
         def critic_loss(critics):
-            td_error = target - q(critics, t.obs, t.action)
+            td_error = target - jnp.stack(q(critics, t.obs, t.action))
             return ((td_error / sigma) ** 2).sum(), td_error[0]
 
         (loss_value, td_error), critic_gradient = jax.value_and_grad(critic_loss, has_aux=True)(critics)
@@ -98,7 +98,10 @@ def make(env, setup: Setup = Setup(), hypers: Hypers = Hypers()):  # noqa: B008
             dist = policy(actor, t.obs)
             action = dist.sample_with(t.fresh_noise[1])
             log_prob = dist.log_prob(action)
-            return avg_policy_loss(log_prob, q(critics, t.obs, action).min(), alpha), (log_prob, dist.base.entropy())
+            # Not the least entry of an array, whose gradient goes to those that equal it: none, and then 0/0, where the
+            # compiler computes the values a second time and rounds them otherwise. Seen on a CPU.
+            least = jnp.minimum(*q(critics, t.obs, action))
+            return avg_policy_loss(log_prob, least, alpha), (log_prob, dist.base.entropy())
 
         (loss_policy, (log_prob_new, entropy)), actor_gradient = jax.value_and_grad(actor_loss, has_aux=True)(actor)
         actor, actor_state = descend(hypers, actor, opt_state.actor, actor_gradient, hypers.learning_rate)

@@ -1,4 +1,4 @@
-"""TD3-1, TD3 (Fujimoto et al. 2018, arXiv 1802.09477) that learns from the last transition alone, a baseline of Vasan et al. 2024.
+"""TD3-1, TD3 (Fujimoto et al. 2018, arXiv 1802.09477) that learns from the last transition alone, a baseline of AVG's paper.
 
 TD3 with a buffer and a batch of one and no warm-up: a deterministic actor that explores by added noise, two Q functions, target
 copies of all three, smoothed target actions, and an actor that moves only in every second step.
@@ -74,7 +74,7 @@ def make(env, setup: Setup = Setup(), hypers: Hypers = Hypers()):  # noqa: B008
 
         next_mode = mode(targets.actor, t.next_obs)
         next_action = smoothed(next_mode, t.fresh_noise[0], hypers.target_noise, hypers.target_noise_clip)
-        next_value = jnp.stack([networks.value(critic, t.next_obs, next_action) for critic in targets.critic]).min()
+        next_value = jnp.minimum(*(networks.value(critic, t.next_obs, next_action) for critic in targets.critic))
         target = value_target(t, next_value, hypers.gamma)
 
         def critic_loss(critics):

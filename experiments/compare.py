@@ -448,7 +448,12 @@ def final_returns(run: LoadedRun, seeds: Sequence[int]) -> np.ndarray:
 
 
 def mean_kl(run: LoadedRun, seeds: Sequence[int]) -> float:
-    """KL(old || new) in nats, mean over the updates of ``seeds``; a row counts as the updates behind it. NaN without seeds."""
+    """KL(old || new) in nats, mean over the updates of ``seeds``; a row counts as the updates behind it.
+
+    NaN without seeds, or for a method that has no such number because it learns step by step.
+    """
+    if "kl" not in run.metrics:
+        return math.nan
     kl = []
     for seed in seeds:
         rows = cast(pd.DataFrame, run.metrics[run.metrics.seed == seed]).sort_values("iteration")

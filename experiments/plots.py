@@ -108,6 +108,8 @@ def plot_comparison(runs: Sequence[LoadedRun], microseconds: Sequence[float], ti
         }
         for _, rows, episodes in _curves(run):
             draw(returns, *_returns(rows, episodes), **style)
+            if "kl" not in rows:  # of a method that learns step by step
+                continue
             env_steps, kl = _in_parts(*_by_seed(rows, "env_steps", "kl"))
             draw(divergence, env_steps, np.maximum(kl, _LEAST_KL), **style)
     returns.set(title="evaluation of the mode policy", ylabel="return (IQM over seeds, 95 % interval)")

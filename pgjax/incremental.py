@@ -268,6 +268,7 @@ def make(
         return carry, counted, metrics
 
     def step(state, hypers):
+        hypers = jax.tree.map(jnp.asarray, hypers)
         env_params = params_of(state.env_params)
         env_steps = state.env_steps + jnp.arange(setup.num_steps, dtype=jnp.int32)
         key_refresh = jax.random.fold_in(jax.random.fold_in(state.key, _REFRESH), state.env_steps)

@@ -264,7 +264,9 @@ def make_networks(
     hidden_sizes = layer_sizes("hidden_sizes", hidden_sizes)
     if shared_torso and critic_hidden_sizes is not None:
         raise RequestError(f"critic_hidden_sizes = {critic_hidden_sizes} has no use with shared_torso; leave it None")
-    critic_hidden_sizes = hidden_sizes if critic_hidden_sizes is None else layer_sizes("critic_hidden_sizes", critic_hidden_sizes)
+    critic_hidden_sizes = (
+        hidden_sizes if critic_hidden_sizes is None else layer_sizes("critic_hidden_sizes", critic_hidden_sizes)
+    )
     if policy_head_scale is not None and not 0 <= policy_head_scale < math.inf:
         raise RequestError(f"policy_head_scale = {policy_head_scale} is not a scale; give a number >= 0, or None")
     if kind.endswith("_state") and log_std_init != 0.0:

@@ -81,6 +81,10 @@ OBJECTIVES = {
     "spo": lambda sample: spo.spo_surrogate(sample.log_ratio, sample.advantage, 0.2),
     "fixpo": lambda sample: fixpo.fixpo_surrogate(sample.log_ratio, sample.advantage, sample.dist_old.kl(sample.dist), 2.0),
     "dpo": lambda sample: dpo.dpo_surrogate(sample.log_ratio, sample.advantage),
+    "avg": None,  # these climb their critic, or learn from one transition; without ratio and advantage
+    "iac": None,
+    "sac1": None,
+    "td3_1": None,
     "vmpo": None,  # weighted maximum likelihood: its first step is not the policy gradient
 }
 # Without the importance ratio; their drift is not one.

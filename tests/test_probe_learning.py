@@ -89,6 +89,12 @@ RUNS = {
     "fixpo": (100, {"num_envs": 16, "num_steps": 10, "num_minibatches": 4, "fixup_minibatches": 2, "normalize_value": False}),
     "dpo": (150, {}),
 }
+# Methods that learn from one transition at a time, in test_incremental.py.
+ELSEWHERE = {"avg", "iac", "sac1", "td3_1"}
+
+
+def test_every_algorithm_has_a_row():
+    assert {*RUNS, *ELSEWHERE} == set(list_algorithms())
 
 
 def trained(name, env, probes, iterations, **setup):
@@ -109,7 +115,7 @@ def trained(name, env, probes, iterations, **setup):
     return {probe: (np.asarray(obs[i]), np.asarray(values[i]), np.asarray(actions[i])) for i, probe in enumerate(probes)}
 
 
-@pytest.fixture(scope="module", params=[(n, c) for n in list_algorithms() for c in (False, True)], ids=str)
+@pytest.fixture(scope="module", params=[(n, c) for n in RUNS for c in (False, True)], ids=str)
 def answers(request):
     name, continuous = request.param
     iterations, setup = RUNS[name]
