@@ -21,6 +21,10 @@ _ALGORITHMS = {
     "props": ("pgjax.algorithms.props", "Proximal robust on-policy sampling, with PPO (Corrado and Hanna 2023)"),
     "ros": ("pgjax.algorithms.ros", "Robust on-policy sampling, with PPO (Zhong et al. 2022)"),
     "sac": ("pgjax.algorithms.sac", "Soft actor-critic with a learned temperature (Haarnoja et al. 2018)"),
+    "avg": ("pgjax.algorithms.avg", "Action Value Gradient, incremental (Vasan et al. 2024)"),
+    "iac": ("pgjax.algorithms.iac", "Incremental one-step actor-critic, a baseline of AVG"),
+    "sac1": ("pgjax.algorithms.sac1", "SAC that learns from the last transition alone, a baseline of AVG"),
+    "td3_1": ("pgjax.algorithms.td3_1", "TD3 that learns from the last transition alone, a baseline of AVG"),
 }
 
 

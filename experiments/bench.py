@@ -134,7 +134,11 @@ def _family(repeats, say):
     programs, compile_seconds, steps = {}, {}, {}
     for name, module in modules.items():
         changed = differences(module, settings[name])
-        algorithm = algorithms.make(name, env, changed["hypers"], **changed["setup"])
+        try:
+            algorithm = algorithms.make(name, env, changed["hypers"], **changed["setup"])
+        except RequestError as error:
+            say(f"  {name:<10} left out: {error}")
+            continue
         iterations = max(1, 25_600 // algorithm.env_steps_per_iteration)
         programs[name], compile_seconds[name] = _lane_program(algorithm, 16, len(jax.devices()), iterations)
         steps[name] = 16 * iterations * algorithm.env_steps_per_iteration
@@ -145,6 +149,23 @@ def _family(repeats, say):
         ratio = microseconds / (1e6 * medians["ppo"] / steps["ppo"])
         figures[name] = {"microseconds_per_step": microseconds, "ratio": ratio, "compile_seconds": compile_seconds[name]}
         say(f"  {name:<10} {microseconds:6.2f} µs per env step  {ratio:5.2f} x ppo  compiled in {compile_seconds[name]:4.1f} s")
+    return figures
+
+
+def _incremental(repeats, say):
+    """AVG on Pendulum, one transition and one update at a time: one learner alone, and a thousand side by side."""
+    algorithm = pgjax.make("avg", pgjax.make_env("gymnax/Pendulum-v1"), action_map="tanh_affine", num_steps=20)
+    figures = {}
+    for num_lanes, num_devices, iterations in ((1, 1, 50), (1000, 1, 1), (1000, len(jax.devices()), 1)):
+        name = f"{num_lanes} learners, {num_devices} devices"
+        run, compile_seconds = _lane_program(algorithm, num_lanes, num_devices, iterations)
+        steps = num_lanes * iterations * algorithm.env_steps_per_iteration
+        # One program at a time: a thousand learners are gigabytes.
+        speed = steps / _medians({name: run}, repeats)[name]
+        figures[name] = {"steps_per_second": speed, "compile_seconds": compile_seconds}
+        ratio = speed / figures["1 learners, 1 devices"]["steps_per_second"]
+        say(f"  {name:<30} {speed:>10,.0f} env steps/s  {ratio:5.2f} x  compiled in {compile_seconds:4.1f} s")
+        del run
     return figures
 
 
@@ -288,6 +309,7 @@ def _mujoco(repeats, say):
 PARTS: dict[str, Callable[[int, Callable[[str], None]], Any]] = {
     "ppo": _ppo,
     "family": _family,
+    "incremental": _incremental,
     "time": _time,
     "startup": _startup,
     "memory": _memory,

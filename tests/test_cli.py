@@ -173,6 +173,8 @@ def test_help_is_there_and_the_first_one_needs_no_jax(capsys):
         assert word in capsys.readouterr().out
 
 
+CONTINUOUS_ONLY = ("avg", "iac", "sac1", "td3_1")
+
 # One of each: several environments may share a preset.
 _PRESETS = list(
     {
@@ -188,7 +190,7 @@ def test_every_preset_builds(name, algorithm):
     preset = presets.list_presets()[name][algorithm]
     assert set(preset) <= set(presets._FIELDS)
     assert algorithm in list_algorithms()
-    continuous = preset.get("setup", {}).get("normalize_obs", False)
+    continuous = preset.get("setup", {}).get("normalize_obs", False) or algorithm in CONTINUOUS_ONLY
     env = name if "/" in name else "gymnax/Pendulum-v1" if continuous else "gymnax/CartPole-v1"
     if env.startswith(("brax/", "playground/")):
         # Making a physics environment takes seconds; its settings are checked on another continuous task.

@@ -86,6 +86,10 @@ OBJECTIVES = {
     "ros": lambda sample: ppo.clip_surrogate(sample.log_ratio, sample.advantage, 0.2),
     "sac": None,  # climbs its critic, without ratio and advantage
     "mdpo_off": None,
+    "avg": None,  # these climb their critic, or learn from one transition; without ratio and advantage
+    "iac": None,
+    "sac1": None,
+    "td3_1": None,
     "vmpo": None,  # weighted maximum likelihood: its first step is not the policy gradient
 }
 # Without the importance ratio; their drift is not one.
