@@ -161,7 +161,8 @@ def fit_behavior(core, key, target, opt_state, samples: Samples, present, hypers
             number, actor, opt_state, going, fit = carry
             part, weight = samples, present * 1.0
             if order is not None:
-                part = jax.tree.map(lambda x: x[order[number]], samples)
+                rows = order[number]
+                part = jax.tree.map(lambda x: x[rows], samples)
                 weight = (number * size + jnp.arange(size) < count) * 1.0
             gradient, (kl, clipped) = jax.grad(loss, has_aux=True)(actor, part, weight)
             going = ~(kl > hypers.behavior_target_kl)

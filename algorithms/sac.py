@@ -70,7 +70,7 @@ def init_extra(core, hypers, params):
 def update(core, key, learner, batch, hypers):
     """One gradient step on a minibatch: critics, actor, temperature, target copies; see ``pgjax.off_policy.make``."""
     learns_temperature = learner.extra is not None
-    key_step, key_temperature = jax.random.split(key) if learns_temperature else (key, None)
+    key_step, key_temperature = jax.random.split(key) if learns_temperature else (key, key)
     alpha = jnp.exp(learner.extra["log_temperature"]) if learns_temperature else hypers.temperature
     learner, metrics = soft_update(
         core,

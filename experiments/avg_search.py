@@ -79,9 +79,9 @@ def ranking(path: Path, search_seeds: range) -> pd.DataFrame:
     for config, numbers in enumerate(run.config["configs"]):
         lanes = cast(pd.DataFrame, run.metrics[run.metrics.config == config])
         table = lanes.pivot_table(index="env_steps", columns="seed", values="episode_return", dropna=False).ffill()
-        frozen = lanes.groupby("seed")["nonfinite"].max() > 0
-        area = table[[seed for seed in table if not frozen[seed]]].mean().mean()
-        rows.append({"search_seed": search_seeds[config], **numbers, "area": area, "frozen": int(frozen.sum())})
+        frozen = lanes.loc[lanes.nonfinite > 0, "seed"].unique()
+        area = float(np.mean(table.drop(columns=frozen).mean()))
+        rows.append({"search_seed": search_seeds[config], **numbers, "area": area, "frozen": len(frozen)})
     return pd.DataFrame(rows).sort_values("area", ascending=False, ignore_index=True)
 
 

@@ -19,7 +19,7 @@ from pgjax.action_maps import make_action_map
 from pgjax.incremental_networks import IncrementalNetworks
 from pgjax.networks import ActorCritic
 from pgjax.on_policy import all_finite, as_hypers, check_choices, check_counts
-from pgjax.td_scaling import TDScale, init_td_scale, update_td_scale
+from pgjax.td_scaling import init_td_scale, update_td_scale
 from pgjax.types import Algorithm, Environment, Metrics, PyTree
 
 # Settings that belong to the methods of this loop, which a comparison at shared settings leaves to them: a learner of one
@@ -85,7 +85,7 @@ class Learner(struct.PyTreeNode):
     params: ActorCritic
     opt_state: ActorCritic
     obs_moments: Any
-    td_scale: TDScale | None
+    td_scale: Any
     extra: PyTree
 
 

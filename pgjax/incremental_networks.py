@@ -94,7 +94,7 @@ def make_incremental_networks(
     def flat(obs: jax.Array) -> jax.Array:
         return obs.reshape(*obs.shape[: obs.ndim - len(obs_shape)], obs_size)
 
-    def policy(actor, obs: jax.Array, noise_scale=None) -> TanhGaussian | DiagGaussian:
+    def policy(actor, obs: jax.Array, noise_scale: Any = None) -> TanhGaussian | DiagGaussian:
         x = features(actor["hidden"], flat(obs))
         mean = dense(actor["mean"], x)
         if deterministic:

@@ -7,7 +7,7 @@ the normalisers, lives here once.
 
 import dataclasses
 from collections.abc import Callable, Iterable
-from typing import Any, Literal, NamedTuple, get_args, get_origin, get_type_hints
+from typing import Any, Literal, NamedTuple, TypeVar, get_args, get_origin, get_type_hints
 
 import jax
 import jax.numpy as jnp
@@ -23,6 +23,7 @@ from pgjax.optimizers import init_opt_state, ravelled
 from pgjax.spaces import Discrete
 from pgjax.types import Algorithm, Environment, PyTree
 
+_Hypers = TypeVar("_Hypers", bound=struct.PyTreeNode)
 # Counters are int32; float32 ones would stop counting at 2**24.
 MAX_ENV_STEPS = 2**31 - 1
 
@@ -546,12 +547,13 @@ def action_map_name(setup: Setup, env: Environment) -> str:
     return "tanh_affine" if setup.distribution.startswith("tanh") else "clip"
 
 
-def as_hypers(hypers: Hypers, **changes) -> Hypers:
+def as_hypers(hypers: _Hypers, **changes) -> _Hypers:
     """Checks the numbers and turns every leaf into a float32 array, so that no later call traces again.
 
     Raises: RequestError for an unknown field, and for NaN, negative or out-of-range values.
     """
-    fields = {field.name: getattr(hypers, field.name) for field in dataclasses.fields(hypers)}
+    names = [field.name for field in dataclasses.fields(hypers)]  # pyright: ignore[reportArgumentType]
+    fields = {name: getattr(hypers, name) for name in names}
     for name, value in changes.items():
         if name not in fields:
             raise RequestError(f"hypers.{name} is not a hyperparameter here; {close_names(name, fields)}")

@@ -6,7 +6,7 @@ version 1, and off-policy MDPO).
 """
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -23,9 +23,9 @@ class Actions(NamedTuple):
     Discrete: all actions at once. prob [N, num_actions], the others None.
     """
 
-    u: jax.Array | None
-    action: jax.Array | None
-    prob: jax.Array | None
+    u: Any
+    action: Any
+    prob: Any
 
 
 def draw_actions(dist: TanhGaussian | Categorical, key: jax.Array) -> Actions:
