@@ -1,7 +1,7 @@
 """ROS, Robust On-Policy Sampling (Zhong et al. 2022, arXiv 2111.14552), as the way PPO collects its data.
 
-Before every step φ ← θ - α ∇ mean log π_θ(a|s) over the buffer: one plain gradient step away from the actions that it holds
-too often. That is PROPS with a behaviour policy for each step, without clip, regulariser and stop.
+Before every step φ ← θ - α ∇ mean log π_θ(a|s) over the buffer: one gradient step away from the actions that it holds too
+often. That is PROPS with a behaviour policy for each step, without clip, regulariser and stop.
 """
 
 import dataclasses
@@ -27,13 +27,16 @@ class Setup(props.Setup):
 
 
 class Hypers(props.Hypers):
-    """behavior_learning_rate: α. In the code of 2023 for PROPS it has the opposite sign, and raises the sampling error."""
+    """behavior_learning_rate: α. In the code of 2023 for PROPS it has the opposite sign, and raises the sampling error.
+
+    behavior_max_grad_norm: paper: none said / authors' code: 0.5 / here: 0.5, because a Gaussian that has grown narrow has a
+    likelihood so steep that a plain step leaves it far behind.
+    """
 
     behavior_learning_rate: jax.Array | float = 0.1
     behavior_clip_eps: jax.Array | float = np.inf
     behavior_kl_coef: jax.Array | float = 0.0
     behavior_target_kl: jax.Array | float = np.inf
-    behavior_max_grad_norm: jax.Array | float = np.inf
 
 
 def make(env, setup: Setup = Setup(), hypers: Hypers = Hypers(), *, objective=None, networks=None):  # noqa: B008
