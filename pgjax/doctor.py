@@ -6,8 +6,8 @@ from collections.abc import Callable
 from importlib import metadata
 
 _NEEDED = (
-    "jax jaxlib flax optax distrax chex flashbax gymnax brax mujoco mujoco-mjx orbax-checkpoint pandas pyarrow matplotlib scipy "
-    "tyro rich filelock"
+    "jax jaxlib flax optax distrax chex flashbax gymnax brax mujoco mujoco-mjx orbax-checkpoint pandas pyarrow matplotlib "
+    "scipy tyro rich filelock"
 ).split()
 _EXTRAS = {"gymnasium": "mujoco", "playground": "playground", "tensorboardX": "tensorboard", "wandb": "wandb"}
 
