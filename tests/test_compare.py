@@ -21,7 +21,7 @@ from pgjax.experiments import compare as comparison
 from pgjax.experiments import presets
 from pgjax.experiments.compare import Request, common_budget, make_env, make_plan
 from pgjax.experiments.family_table import family_table
-from pgjax.experiments.shared_settings import DEFINES, OWN, defining, read_value, shared_fields
+from pgjax.experiments.shared_settings import DEFINES, MISSING, OWN, defining, read_value, shared_fields
 from pgjax.runner import policies_of
 
 ENV = "gymnax/CartPole-v1"
@@ -97,7 +97,9 @@ def test_the_table_says_what_every_algorithm_runs_with(cartpole, use_presets):
         for row in plan.settings:
             part, field = row.field.split(".")
             there = setup if part == "setup" else hypers
-            if name in row.others:
+            if name in row.others and row.others[name] == (None, MISSING):
+                assert not hasattr(there, field), (name, row)
+            elif name in row.others:
                 assert getattr(there, field) == row.others[name][0], row
             elif row.is_shared and hasattr(there, field):
                 assert getattr(there, field) == row.shared, (name, row)
