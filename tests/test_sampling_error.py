@@ -75,7 +75,7 @@ def test_tabular_weighs_states_by_their_visits_and_leaves_out_what_is_not_there(
 @pytest.mark.parametrize("protocol", ["last_layer", "authors"])
 def test_fitted_error_of_a_softmax_is_the_exact_one(protocol):
     core = bandit_core(sampling_error=protocol)
-    logits, prob, actions = random_bandit(2, 200)
+    logits, prob, actions = random_bandit(7, 200)
     assert len(set(actions[:100])) == K  # of an action that never came the most likely logit is minus infinity
     obs, action = jnp.zeros((200, 1, 1)), jnp.asarray(actions[:, None], jnp.int32)
     args = core, jax.random.key(0), actor_of(core, logits), obs, action
@@ -89,7 +89,7 @@ def test_fitted_error_of_a_softmax_is_the_exact_one(protocol):
 
 
 def test_it_is_zero_where_frequencies_are_those_of_the_policy():
-    core = bandit_core()
+    core = bandit_core(sampling_error_epochs=200)
     action = jnp.arange(K, dtype=jnp.int32).repeat(4)[:, None]
     (error,) = sampling_error.of_batch(core, None, actor_of(core, jnp.zeros(K)), jnp.zeros((40, 1, 1)), action).values()
     assert 0 <= error < 1e-6
