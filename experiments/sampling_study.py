@@ -22,8 +22,8 @@ from pgjax.experiments import presets
 PROPS = dict(behavior_num_steps=16, behavior_epochs=16, behavior_minibatches=4)
 SAMPLERS: dict[str, tuple[str, dict[str, Any], dict[str, float]]] = {
     "on-policy": ("props", {"behavior": "target"}, {}),
-    "ROS, step 1": ("ros", {}, {"behavior_learning_rate": 1.0}),
-    "ROS, step 10": ("ros", {}, {"behavior_learning_rate": 10.0}),
+    "ROS, step 1": ("ros", {}, {"behavior_learning_rate": 1.0, "behavior_max_grad_norm": np.inf}),
+    "ROS, step 10": ("ros", {}, {"behavior_learning_rate": 10.0, "behavior_max_grad_norm": np.inf}),
     "PROPS, rate 1e-3": ("props", PROPS, {"behavior_learning_rate": 1e-3}),
     "PROPS, rate 1e-2": ("props", PROPS, {"behavior_learning_rate": 1e-2}),
 }
