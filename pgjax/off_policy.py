@@ -162,7 +162,7 @@ def make(
     core = Core(
         env,
         setup,
-        ravelled(networks),
+        ravelled(networks, setup.critic),
         Replay(setup.buffer_size, setup.batch_size, env.observation_space, env.action_space),
         (lambda action: action) if discrete else jnp.tanh,
         make_action_map("identity" if discrete else "clip_affine", env.action_space),

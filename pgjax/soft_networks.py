@@ -143,10 +143,11 @@ class RavelledNetworks(NamedTuple):
     target_v: Callable[[jax.Array, jax.Array], jax.Array]
 
 
-def ravelled(networks: SoftNetworks) -> RavelledNetworks:
-    """``networks`` over ravelled parameters. V has the target copy if there is a V, else the two Q have."""
+def ravelled(networks: SoftNetworks, copied: str) -> RavelledNetworks:
+    """``networks`` over ravelled parameters. ``copied``: which critics have a target copy, ``q`` or ``v``."""
     zeros = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), jax.eval_shape(networks.init, jax.random.key(0)))
-    copied = "v" if "v" in zeros.critic else "q"
+    if copied not in zeros.critic:
+        raise RequestError(f"setup.critic = {copied!r} needs networks with {copied!r} in their critic; these have none")
     unravel_actor, unravel_critic = ravel_pytree(zeros.actor)[1], ravel_pytree(zeros.critic)[1]
     unravel_target = ravel_pytree(zeros.critic[copied])[1]
 

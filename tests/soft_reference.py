@@ -62,7 +62,7 @@ def problem(discrete, module, setup, hypers, seed=0):
     rng = np.random.default_rng(seed)
     action_space = Discrete(NUM_ACTIONS) if discrete else Box((A,), -1.0, 1.0)
     env = SimpleNamespace(observation_space=Box((O,)), action_space=action_space)
-    nets = ravelled(networks(discrete, setup.critic == "v", rng))
+    nets = ravelled(networks(discrete, setup.critic == "v", rng), setup.critic)
     core = off_policy.Core(env, setup, nets, None, None, None)
     params = nets.init(jax.random.key(0))
     learner = off_policy.Learner(

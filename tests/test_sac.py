@@ -255,6 +255,11 @@ def test_temperature_rises_until_the_entropy_meets_its_target():
     np.testing.assert_allclose(rows[-5:, 0].mean(), 400 * np.exp(-2) / (2 * np.pi * np.e), rtol=0.2)
 
 
+def test_networks_without_the_critic_that_is_asked_for_are_refused():
+    with pytest.raises(RequestError, match="critic = 'v' needs networks with 'v'"):
+        make("sac", Probe("acting", continuous=True), networks=known_q(lambda action: action[..., 0]), critic="v")
+
+
 def test_policy_out_is_what_the_package_sees(float64):
     """The reference's networks are the package's."""
     core, learner, batch = problem(True, sac, sac.Setup(), HYPERS)
