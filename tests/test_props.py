@@ -447,6 +447,21 @@ def test_ratios_are_to_the_target_of_now_at_the_start_of_every_fit(stale):
         state = state.replace(learner=moved_apart(state.learner))
 
 
+def test_moments_of_the_behaviour_policy_go_on_from_fit_to_fit():
+    """Adam's count is that of all steps of all fits, in every iteration so far; the target's is its own."""
+    hypers = props.Hypers(behavior_target_kl=np.inf)
+    setup = props.Setup(**BUFFER, behavior_epochs=2, behavior_minibatches=2)
+    algorithm = props.make(Probe("responding"), setup, hypers)
+    state, step, total = algorithm.init(jax.random.key(0), algorithm.hypers), collecting(algorithm), 0
+    for held in ((0, 1, 1), (2, 2, 2)):
+        # Minibatches of ten transitions: with 0, 4 and 8 of them in the buffer, then with 12, 16 and 20.
+        total += 2 * sum(held)
+        state, _, row = step(state)
+        assert row["behavior_steps"] * 3 == 2 * sum(held)
+        assert state.learner.extra["opt_state"].count == total
+    assert state.learner.opt_state.actor.count == 0
+
+
 def moved_apart(learner):
     """The learner with another actor, by as much in every parameter and in turn up and down."""
     actor = learner.params.actor
