@@ -1,13 +1,16 @@
 """The published numbers: every file has the fields it should, and numbers typed a second time by hand agree."""
 
 import math
+import re
 import tomllib
 from pathlib import Path
 
 import pytest
 
 from pgjax.envs import list_envs
+from pgjax.experiments.reproduce.measured import RESULTS, Measured, dump
 from pgjax.experiments.reproduce.paper_file import read_paper
+from pgjax.experiments.results import Result
 
 FOLDER = Path(__file__).parents[1] / "experiments" / "published"
 FILES = {path.stem: tomllib.loads(path.read_text()) for path in sorted(FOLDER.glob("*.toml"))}
@@ -86,3 +89,11 @@ def test_numbers_typed_a_second_time():
     for stem, name, task, expected in SPOT_CHECKS:
         (entry,) = [entry for entry in FILES[stem]["numbers"] if entry["name"] == name]
         assert entry["values"][task] == expected, (stem, name, task)
+
+
+def test_kept_results_name_no_folder_of_a_machine():
+    for path in sorted(RESULTS.glob("*.json")):
+        assert not re.findall(r'"/[^"]*"', path.read_text()), path.name
+    command = ["/a/pgjax/__main__.py", "train", "ppo", "--out", "/b/c"]
+    result = Result("/home/somebody/run", "finished", {}, provenance={"command": command})
+    assert '"/' not in dump([Measured("run", result, {})], "pgjax")

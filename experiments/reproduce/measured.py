@@ -141,13 +141,21 @@ def dump(results: list[Measured], command: str) -> str:
     entries = [
         {
             "run": each.run,
-            "result": _short(json.loads(dataclasses.replace(each.result, path="").dump())),
+            "result": _short(json.loads(_anywhere(each.result).dump())),
             "columns": {name: _short(to_json(values.tolist())) for name, values in each.columns.items()},
         }
         for each in results
     ]
     lines = ",\n".join(json.dumps(entry) for entry in entries)
     return f'{{"command": {json.dumps(command)}, "results": [\n{lines}\n]}}\n'
+
+
+def _anywhere(result: Result) -> Result:
+    """The result without folders of the machine that it was made on: of each word of its command the last part is kept."""
+    command = result.provenance.get("command") or []
+    words = [Path(word).name if Path(word).is_absolute() else word for word in command]
+    words[:1] = ["pgjax"] * len(words[:1])
+    return dataclasses.replace(result, path="", provenance={**result.provenance, "command": words})
 
 
 def load(path: Path) -> tuple[list[Measured], str]:
