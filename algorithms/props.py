@@ -17,6 +17,7 @@ from pgjax import normalizers, on_policy, sampling_error
 from pgjax.algorithms import ppo
 from pgjax.errors import RequestError
 from pgjax.networks import ActorCritic
+from pgjax.optimizers import adam
 from pgjax.spaces import Discrete
 from pgjax.types import PyTree
 from pgjax.updates import masked_mean, minibatch_sgd, plug
@@ -399,7 +400,7 @@ def _optimizer(setup, hypers) -> optax.GradientTransformation:
     """The behaviour policy's, without learning rate."""
     if setup.behavior_optimizer == "sgd":
         return optax.identity()
-    return optax.scale_by_adam(b1=hypers.adam_b1, b2=hypers.adam_b2, eps=hypers.adam_eps)
+    return adam(hypers)
 
 
 def _kl_kind(core) -> str:

@@ -13,9 +13,11 @@ import optax
 
 from pgjax import incremental
 from pgjax.algorithms.avg import avg_policy_loss
+from pgjax.algorithms.sac import temperature_loss
 from pgjax.incremental import descend, diagnostics, scale_td, value_target
 from pgjax.incremental_networks import IncrementalNetworks, make_incremental_networks
 from pgjax.networks import ActorCritic
+from pgjax.soft_critic import polyak
 
 DEFINING = incremental.DEFINING
 
@@ -37,16 +39,6 @@ class Hypers(incremental.Hypers):
     temperature: jax.Array | float = 0.1
     temperature_lr: jax.Array | float = 0.02
     tau: jax.Array | float = 0.005
-
-
-def temperature_loss(log_temperature: jax.Array, log_prob: jax.Array, target_entropy) -> jax.Array:
-    """α (-log π - H̄), whose descent lowers α where the entropy is above H̄; no gradient flows through ``log_prob``."""
-    return jnp.exp(log_temperature) * jax.lax.stop_gradient(-log_prob - target_entropy)
-
-
-def polyak(target, online, tau):
-    """(1 - τ) target + τ online, of trees."""
-    return jax.tree.map(lambda old, new: (1 - tau) * old + tau * new, target, online)
 
 
 def _networks(env, setup) -> IncrementalNetworks:

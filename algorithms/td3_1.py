@@ -11,11 +11,11 @@ import jax
 import jax.numpy as jnp
 
 from pgjax import incremental
-from pgjax.algorithms.sac1 import polyak
 from pgjax.incremental import descend, diagnostics, scale_td, value_target
 from pgjax.incremental_networks import IncrementalNetworks, make_incremental_networks
 from pgjax.networks import ActorCritic
 from pgjax.on_policy import check_counts
+from pgjax.soft_critic import polyak
 
 DEFINING = incremental.DEFINING
 

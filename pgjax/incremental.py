@@ -11,7 +11,6 @@ from typing import Any, Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 from flax import struct
 
 from pgjax import normalizers
@@ -19,6 +18,8 @@ from pgjax.action_maps import make_action_map
 from pgjax.incremental_networks import IncrementalNetworks
 from pgjax.networks import ActorCritic
 from pgjax.on_policy import all_finite, as_hypers, check_choices, check_counts
+from pgjax.optimizers import adam
+from pgjax.soft_critic import bellman_target
 from pgjax.td_scaling import init_td_scale, update_td_scale
 from pgjax.types import Algorithm, Environment, Metrics, PyTree
 
@@ -374,12 +375,7 @@ def scale_td(setup, learner: Learner, reward: jax.Array, t: Transition, gamma, d
 
 def value_target(t: Transition, next_value: jax.Array, gamma) -> jax.Array:
     """r + γ (1 - terminated) V(s') [], without gradient; ``next_value`` is of the successor before any reset."""
-    return jax.lax.stop_gradient(t.reward + gamma * jnp.where(t.terminated, 0.0, next_value))
-
-
-def adam(hypers: Hypers) -> optax.GradientTransformation:
-    """Adam without learning rate: its updates are to be subtracted, scaled."""
-    return optax.scale_by_adam(b1=hypers.adam_b1, b2=hypers.adam_b2, eps=hypers.adam_eps)
+    return bellman_target(t.reward, t.terminated, next_value, gamma)
 
 
 def descend(hypers: Hypers, params: PyTree, opt_state: PyTree, gradient: PyTree, learning_rate) -> tuple[PyTree, PyTree]:

@@ -18,8 +18,8 @@ from pgjax.action_maps import make_action_map
 from pgjax.errors import RequestError
 from pgjax.networks import ActorCritic
 from pgjax.on_policy import Policy, as_hypers, check_choices, check_counts, gate
+from pgjax.optimizers import adam
 from pgjax.replay import Replay, Transition
-from pgjax.soft_critic import adam
 from pgjax.soft_networks import RavelledNetworks, SoftNetworks, make_soft_networks, ravelled
 from pgjax.spaces import Discrete
 from pgjax.types import Algorithm, Environment, PyTree

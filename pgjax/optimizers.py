@@ -16,11 +16,16 @@ from jax.flatten_util import ravel_pytree
 from pgjax.networks import ActorCritic, Networks
 
 
+def adam(hypers) -> optax.GradientTransformation:
+    """Adam without learning rate: its updates are to be subtracted, scaled."""
+    return optax.scale_by_adam(b1=hypers.adam_b1, b2=hypers.adam_b2, eps=hypers.adam_eps)
+
+
 def make_optimizer(setup, hypers) -> optax.GradientTransformation:
     """The optimiser that ``setup.optimizer`` names, without learning rate: its updates are to be subtracted, scaled."""
     match setup.optimizer:
         case "adam":
-            return optax.scale_by_adam(b1=hypers.adam_b1, b2=hypers.adam_b2, eps=hypers.adam_eps)
+            return adam(hypers)
         case "rmsprop":
             return optax.scale_by_rms(hypers.rmsprop_decay, hypers.rmsprop_eps, initial_scale=1.0, eps_in_sqrt=True)
         case "rmsprop_torch":

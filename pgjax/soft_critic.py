@@ -10,10 +10,11 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import optax
 
 from pgjax.distributions import Categorical, TanhGaussian
 from pgjax.networks import ActorCritic
+from pgjax.optimizers import adam
+from pgjax.types import PyTree
 
 
 class Actions(NamedTuple):
@@ -51,9 +52,9 @@ def bellman_target(reward: jax.Array, terminated: jax.Array, next_value: jax.Arr
     return jax.lax.stop_gradient(reward + gamma * jnp.where(terminated, 0.0, next_value))
 
 
-def polyak(target: jax.Array, online: jax.Array, tau) -> jax.Array:
-    """(1 - τ) target + τ online."""
-    return (1 - tau) * target + tau * online
+def polyak(target: PyTree, online: PyTree, tau) -> PyTree:
+    """(1 - τ) target + τ online, of trees."""
+    return jax.tree.map(lambda old, new: (1 - tau) * old + tau * new, target, online)
 
 
 def taken(q: jax.Array, action: jax.Array) -> jax.Array:
@@ -61,11 +62,6 @@ def taken(q: jax.Array, action: jax.Array) -> jax.Array:
     if q.ndim == 2:
         return q
     return jnp.where(jax.nn.one_hot(action, q.shape[-1], dtype=bool), q, 0.0).sum(-1)
-
-
-def adam(hypers) -> optax.GradientTransformation:
-    """Adam without learning rate: its updates are to be subtracted, scaled."""
-    return optax.scale_by_adam(b1=hypers.adam_b1, b2=hypers.adam_b2, eps=hypers.adam_eps)
 
 
 def soft_update(

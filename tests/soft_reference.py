@@ -12,8 +12,8 @@ import numpy as np
 from pgjax import off_policy
 from pgjax.distributions import Categorical, TanhGaussian
 from pgjax.networks import ActorCritic
+from pgjax.optimizers import adam
 from pgjax.replay import Transition
-from pgjax.soft_critic import adam
 from pgjax.soft_networks import SoftNetworks, ravelled
 from pgjax.spaces import Box, Discrete
 

@@ -31,7 +31,7 @@ def draw_paper(paper: Paper, results: Sequence[Measured], out: Path) -> bool:
         return False
     beside = [numbers for numbers in paper.numbers if numbers.run and numbers.metric in _TOLD]
     metrics = [numbers.metric for numbers in beside] or ["mode"]
-    metric = max(set(metrics), key=metrics.count)
+    metric = paper.shown or max(set(metrics), key=metrics.count)
     columns = min(3, len(envs))
     rows = -(-len(envs) // columns)
     figure, axes = pyplot().subplots(

@@ -2,6 +2,7 @@
 
 title = "Trust Region Policy Optimization"
 source = "Schulman et al. 2015, arXiv 1502.05477"
+shown = "training"                   # which return the figure shows; without it the numbers' most frequent metric
 
 [scale.cpu]                          # fields of a sweep file, for all runs; [scale.cpu.run.NAME] for one of them
 total_env_steps = 1_000_000
@@ -83,7 +84,8 @@ class ClaimTest:
 
     left, right: ``RUN`` or ``RUN:ALGORITHM``, or for right a number.  metric: ``mode``, ``sample`` or ``training`` return at
     the end, ``area`` (mode return, mean over all evaluations), or a column of the metrics with ``:mean``, ``:max`` or
-    ``:last`` over the run.  expect: left is ``greater`` or ``less``.  env: the only environment of ours that it is tested on.
+    ``:last`` over the run.  right_metric: the right one's, if it is another.  expect: left is ``greater`` or ``less``.
+    env: the only environment of ours that it is tested on.
     """
 
     left: str
@@ -91,6 +93,7 @@ class ClaimTest:
     metric: str
     expect: str
     env: str = ""
+    right_metric: str = ""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -107,7 +110,9 @@ class Claim:
 
 @dataclasses.dataclass(frozen=True)
 class Paper:
-    """One file. name: of the file.  runs: RUN -> sweep table.  scales: as in the file.  followups: by name of numbers."""
+    """One file. name: of the file.  runs: RUN -> sweep table.  scales: as in the file.  followups: by name of numbers.
+    shown: which return the figure shows, empty for that of most numbers.
+    """
 
     name: str
     title: str
@@ -118,6 +123,7 @@ class Paper:
     scales: dict[str, dict[str, Any]]
     not_available: tuple[str, ...]
     followups: tuple[dict[str, str], ...]
+    shown: str = ""
 
     def specs(self, scale: str) -> dict[str, list[RunSpec]]:
         """What every run trains at a scale. Raises: RequestError if there is nothing to run."""
@@ -129,7 +135,9 @@ class Paper:
         own = shared.pop("run", {})
         found = {}
         for name, table in self.runs.items():
-            content = {**table, **shared, **own.get(name, {})}
+            content = _merged(_merged(table, shared), own.get(name, {}))
+            # A scale may leave out environments that have numbers of their own.
+            content["env"] = {env: part for env, part in content.get("env", {}).items() if env in content["envs"]}
             if not content.pop("skip", False):
                 found[name] = list(specs_of(content))
         return found
@@ -138,6 +146,12 @@ class Paper:
         """All runs of a scale as one sweep."""
         specs = tuple(spec for several in self.specs(scale).values() for spec in several)
         return Sweep(_path(self.name), _path(self.name).read_text(), specs, None, {"name": "local"})
+
+
+def _merged(table: dict[str, Any], other: dict[str, Any]) -> dict[str, Any]:
+    """``table`` with what ``other`` has in its place, tables within tables too."""
+    tables = {name: _merged(table[name], value) for name, value in other.items() if isinstance(table.get(name), dict)}
+    return {**table, **other, **tables}
 
 
 def list_papers() -> list[str]:

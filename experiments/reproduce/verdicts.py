@@ -157,7 +157,8 @@ def _claim_rows(claim: Claim, results: Sequence[Measured]) -> list[ClaimRow]:
 
 
 def _test_rows(row: ClaimRow, test: ClaimTest, results: Sequence[Measured]) -> list[ClaimRow]:
-    row = dataclasses.replace(row, test=f"{test.left} {_SIGNS[test.expect]} {test.right}, {test.metric}")
+    what = f"{test.metric} against {test.right_metric}" if test.right_metric else test.metric
+    row = dataclasses.replace(row, test=f"{test.left} {_SIGNS[test.expect]} {test.right}, {what}")
     left = {env: ours for env, ours in _by_env(test.left, results).items() if test.env in ("", env)}
     right = _by_env(test.right, results) if isinstance(test.right, str) else None
     rows = []
@@ -167,7 +168,7 @@ def _test_rows(row: ClaimRow, test: ClaimTest, results: Sequence[Measured]) -> l
         here = dataclasses.replace(row, env=env)
         try:
             x = ours.scores(test.metric)
-            y = right[env].scores(test.metric) if right is not None else None
+            y = right[env].scores(test.right_metric or test.metric) if right is not None else None
         except RequestError as error:
             rows.append(dataclasses.replace(here, why=str(error)))
             continue
