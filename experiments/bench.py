@@ -156,9 +156,9 @@ def _family(repeats, say):
 
 def _incremental(repeats, say):
     """AVG on Pendulum, one transition and one update at a time: one learner alone, and a thousand side by side."""
-    algorithm = pgjax.make("avg", pgjax.make_env("gymnax/Pendulum-v1"), action_map="tanh_affine", num_steps=20)
+    algorithm = pgjax.make("avg", pgjax.make_env("gymnax/Pendulum-v1"), action_map="tanh_affine", num_steps=10)
     figures = {}
-    for num_lanes, num_devices, iterations in ((1, 1, 50), (1000, 1, 1), (1000, len(jax.devices()), 1)):
+    for num_lanes, num_devices, iterations in ((1, 1, 100), (1000, 1, 1), (1000, len(jax.devices()), 1)):
         name = f"{num_lanes} learners, {num_devices} devices"
         run, compile_seconds = _lane_program(algorithm, num_lanes, num_devices, iterations)
         steps = num_lanes * iterations * algorithm.env_steps_per_iteration
