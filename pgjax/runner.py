@@ -339,6 +339,11 @@ class _Run:
         """The group to begin or go on with: all remaining lanes if memory allows, else as many as do."""
         if self.record["group_size"]:
             return _Group(self, self.record["group_size"])
+        lane = jax.eval_shape(self.init_lane, *jax.tree.map(lambda x: x[0], (self.keys, self.hypers)))
+        available = lanes_.available_bytes(jax.devices()[0])
+        if lanes_.array_bytes(lane) > available:
+            # A replay buffer, say: no need to compile for minutes first.
+            raise self._does_not_fit("the state of one lane alone needs", lanes_.array_bytes(lane), available)
         group = _Group(self, len(self.lanes))
         device, num_devices = group.spread.devices[0], len(group.spread.devices)
         available = lanes_.available_bytes(device)
@@ -349,9 +354,7 @@ class _Run:
         if size < 1:
             one = lanes_.run_bytes(group.program_bytes * num_devices // group.spread.num_padded, device)
             what = "one lane needs" if num_devices == 1 else f"{num_devices} lanes, one on each device, need"
-            fields = [name for name in ("buffer_size", "num_envs", "num_steps") if hasattr(self.algorithm.setup, name)]
-            remedy = " or ".join(f"setup.{name}" for name in fields[:2]) or "the number of seeds"
-            raise RunError(f"{what} about {one / 2**20:.0f} MiB and {available / 2**20:.0f} MiB are free; lower {remedy}")
+            raise self._does_not_fit(what, one, available)
         self.record["group_size"] = size
         count = math.ceil(len(self.lanes) / size)
         self.report(
@@ -360,6 +363,11 @@ class _Run:
             f"training {count} groups of at most {size} lanes, one after the other",
         )
         return _Group(self, size)
+
+    def _does_not_fit(self, what: str, needed: int, available: int) -> RunError:
+        fields = [name for name in ("buffer_size", "num_envs", "num_steps") if hasattr(self.algorithm.setup, name)]
+        remedy = " or ".join(f"setup.{name}" for name in fields[:2]) or "the number of seeds"
+        return RunError(f"{what} about {needed / 2**20:.0f} MiB and {available / 2**20:.0f} MiB are free; lower {remedy}")
 
 
 class _Group:

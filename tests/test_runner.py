@@ -259,7 +259,7 @@ def test_too_many_lanes_for_the_memory_are_trained_in_groups(tmp_path, algorithm
     policies, columns = runner.policies_of(tmp_path / "groups", algorithm)
     assert list(columns["seed"]) == [0, 1, 2, 3, 4] and jax.tree.leaves(policies)[0].shape[0] == 5
     monkeypatch.setattr(lanes, "available_bytes", lambda device: 10)
-    with pytest.raises(pgjax.RunError, match="one lane needs"):
+    with pytest.raises(pgjax.RunError, match="one lane alone needs"):
         run_in(tmp_path / "none", spec, algorithm)
 
 
