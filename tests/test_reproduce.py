@@ -137,7 +137,31 @@ def test_claims_compare_runs_or_a_number():
     assert verdict(left="spo:spo", right=0.2, metric=ratio, expect="less") == ["holds"]
     assert verdict(left="spo", right="ppo", metric="mode", expect="greater") == ["undecided"]
     assert verdict(left="fixpo", right="ppo", metric="mode", expect="greater") == ["not run"]
+    assert verdict(left="spo", right="ppo", metric="training", right_metric="mode", expect="less") == ["holds"]
+    assert verdict(left="spo", right="spo", metric="mode", right_metric=ratio, expect="greater") == ["holds"]
     assert verdicts.claim_rows(paper(claims=[Claim("a", "b", "c")]), [])[0].verdict == "not tested"
+
+
+def test_a_scale_is_laid_over_a_run_table_by_table():
+    table = {
+        "algorithms": ["ppo"],
+        "envs": ["gymnax/CartPole-v1", "gymnax/Acrobot-v1"],
+        "total_env_steps": 5000,
+        "setup": {"num_envs": 2, "num_steps": 8},
+        "env": {"gymnax/Acrobot-v1": {"hypers": {"gamma": 0.9}}, "gymnax/CartPole-v1": {"setup": {"num_steps": 16}}},
+    }
+    scales = {
+        "cpu": {"seeds": 3, "env": {"gymnax/CartPole-v1": {"total_env_steps": 900}}, "run": {"main": {"setup": {"num_envs": 4}}}},
+        "smoke": {"envs": ["gymnax/Acrobot-v1"], "run": {"main": {"total_env_steps": 100}}},
+        "full": {"run": {"main": {"skip": True}}},
+    }
+    content = dataclasses.replace(paper(), runs={"main": table}, scales=scales)
+    pole, robot = content.specs("cpu")["main"]
+    assert (pole.total_env_steps, pole.setup["num_envs"], pole.setup["num_steps"], len(pole.seeds)) == (900, 4, 16, 3)
+    assert (robot.total_env_steps, robot.setup["num_steps"], robot.configs[0]["gamma"]) == (5000, 8, 0.9)
+    (robot,) = content.specs("smoke")["main"]
+    assert (robot.env, robot.total_env_steps, robot.setup["num_envs"]) == ("gymnax/Acrobot-v1", 100, 2)
+    assert not content.specs("full") and table["setup"] == {"num_envs": 2, "num_steps": 8}
 
 
 def test_results_that_were_kept_come_back(tmp_path):
@@ -284,7 +308,7 @@ def test_the_page_is_what_the_command_writes():
     "name",
     [
         pytest.param(name, marks=() if name in ("trpo", "fixpo") else pytest.mark.slow)
-        for name in ("ppo", "trpo", "spo", "fixpo", "dpo", "mdpo", "vmpo", "guide", "gae")
+        for name in ("ppo", "trpo", "spo", "fixpo", "dpo", "mdpo", "vmpo", "guide", "gae", "avg", "sac", "props")
     ],
 )
 def test_smoke_of_a_paper(tmp_path, capsys, name):
