@@ -151,7 +151,11 @@ def test_a_scale_is_laid_over_a_run_table_by_table():
         "env": {"gymnax/Acrobot-v1": {"hypers": {"gamma": 0.9}}, "gymnax/CartPole-v1": {"setup": {"num_steps": 16}}},
     }
     scales = {
-        "cpu": {"seeds": 3, "env": {"gymnax/CartPole-v1": {"total_env_steps": 900}}, "run": {"main": {"setup": {"num_envs": 4}}}},
+        "cpu": {
+            "seeds": 3,
+            "env": {"gymnax/CartPole-v1": {"total_env_steps": 900}},
+            "run": {"main": {"setup": {"num_envs": 4}}},
+        },
         "smoke": {"envs": ["gymnax/Acrobot-v1"], "run": {"main": {"total_env_steps": 100}}},
         "full": {"run": {"main": {"skip": True}}},
     }
