@@ -236,7 +236,7 @@ def _module(name: str) -> ModuleType:
     return lpo if is_learned(name) else algorithms.get(name)
 
 
-def _folder(name: str) -> str:
+def folder_of(name: str) -> str:
     """What an algorithm's folder is called: a learned objective's file may lie anywhere."""
     return re.sub(r"[^\w.-]+", "-", name)
 
@@ -389,7 +389,7 @@ def train_all(plan: Plan, env: Environment, out: Path, say: Callable[[str], None
     again = f"pgjax compare --out {shlex.quote(str(out))} --resume"
     try:
         for name, spec in plan.specs.items():
-            folder = out / _folder(name)
+            folder = out / folder_of(name)
             if _is_finished(folder, spec):
                 say(f"{name} is finished already")
                 continue
@@ -487,7 +487,7 @@ def mean_kl(run: LoadedRun, seeds: Sequence[int]) -> float:
 
 def write_report(plan: Plan, out: Path) -> list[Result]:
     """Reads the runs and writes ``compare.png``, ``compare.md`` and the results into ``compare.json``."""
-    runs = [pgjax.load(out / _folder(name)) for name in plan.specs]
+    runs = [pgjax.load(out / folder_of(name)) for name in plan.specs]
     results = results_of(runs)
     plot_comparison(runs, [result.microseconds for result in results], _title(plan), out / "compare.png", list(plan.specs))
     _write(out / "compare.md", report_markdown(plan, results, runs))

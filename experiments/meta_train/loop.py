@@ -83,16 +83,19 @@ def meta_train(
             return _Loop(trainer, out, steps, seed, meta, interrupt, say).run()
 
 
+def placement(trainer: MetaTrainer) -> jax.sharding.Sharding:
+    """Where the state lives: every device has the whole of it; the inner runs are what is spread."""
+    devices = trainer.devices or (jax.devices()[0],)
+    if len(devices) == 1:
+        return SingleDeviceSharding(devices[0])
+    return NamedSharding(Mesh(np.asarray(devices), ("lanes",)), PartitionSpec())
+
+
 class _Loop:
     def __init__(self, trainer: MetaTrainer, out: Path, steps, seed, meta, interrupt, say):
         self.trainer, self.out, self.steps, self.seed = trainer, out, steps, seed
         self.meta, self.interrupt, self.say = meta, interrupt, say
-        devices = trainer.devices or (jax.devices()[0],)
-        # Every device has the whole of the small state; the inner runs are what is spread.
-        if len(devices) == 1:
-            self.place = SingleDeviceSharding(devices[0])
-        else:
-            self.place = NamedSharding(Mesh(np.asarray(devices), ("lanes",)), PartitionSpec())
+        self.place = placement(trainer)
 
     def run(self) -> bool:
         state, done, log_bytes = self._start()
@@ -176,7 +179,8 @@ class _Loop:
         name = self.trainer.curve
         value = f"  {name} {rows[name][-1]:9.3g}" if name in rows else ""
         left = (self.steps - done) * seconds
-        return f"{done / self.steps:4.0%}  step {done:>6} of {self.steps}{value}  {speed:>11,.0f} inner env steps/s  {left:6.0f} s left"
+        where = f"{done / self.steps:4.0%}  step {done:>6} of {self.steps}"
+        return f"{where}{value}  {speed:>11,.0f} inner env steps/s  {left:6.0f} s left"
 
     def _finish(self, state, done, seconds, speed) -> None:
         status = "finished" if done == self.steps else "interrupted"

@@ -39,8 +39,9 @@ _PROGRESS = np.linspace(0, 1, 11)
 class Args:
     """Learn a drift function for PPO."""
 
-    env: list[str] = dataclasses.field(default_factory=lambda: ["gymnax/CartPole-v1"])
-    """Environment to meta-train on; may be repeated: fitness is then the mean of what each gives, normalised apart."""
+    env: list[str] = dataclasses.field(default_factory=list)
+    """Environment to meta-train on, such as gymnax/CartPole-v1; may be repeated: fitness is then the mean of what each
+    gives, normalised apart."""
     generations: int = 150
     """Steps of the evolution strategy."""
     popsize: int = 32
@@ -79,6 +80,10 @@ class Args:
 
 def build(args: Args, pairs) -> MetaTrainer:
     """The meta-trainer that the options describe. ``pairs(flag, words)`` reads ``K=V``."""
+    if not args.env:
+        raise RequestError("--env is missing; name at least one environment of pgjax list envs")
+    if len(set(args.env)) < len(args.env):
+        raise RequestError(f"--env {' '.join(args.env)}: one stands there twice; name each once")
     settings = {"setup": pairs("--setup", args.setup), "hypers": pairs("--hypers", args.hypers)}
     inner = [inner_algorithm(name, args.temporal, **settings) for name in args.env]
     fields = [field.name for field in dataclasses.fields(Args) if field.name not in ("env", "generations", "setup", "hypers")]
@@ -256,6 +261,8 @@ def _inner_run(part: Inner, objective: Objective, inner_env_steps: int, eval_epi
         key_train, key_evaluate = training.lane_keys(key)
         state = algorithm.init(key_train, hypers)
         state = jax.lax.fori_loop(0, schedule.num_iterations, lambda _, state: algorithm.step(state, hypers)[0], state)
+        # As `make_train` evaluates at the end of a run.
+        key_evaluate = jax.random.fold_in(key_evaluate, 0)
         episodes = evaluate(algorithm, algorithm.policy(state), key_evaluate, eval_episodes)
         return jnp.where(state.nonfinite, jnp.nan, episodes.sample_return.mean())
 
