@@ -104,7 +104,8 @@ def open_es(
     sigmas = _falling(sigma, sigma_decay, sigma_min)
 
     def shaped(_, cost, *__):
-        return -pair_differences(shaping(without_failures(-cost)))
+        fitness = without_failures(-cost)
+        return -pair_differences(shaping(fitness), fitness)
 
     strategy = Open_ES(
         popsize,
@@ -140,13 +141,15 @@ def without_failures(fitness: jax.Array) -> jax.Array:
     return jnp.where(finite, fitness, jnp.where(jnp.isfinite(worst), worst, 0.0))
 
 
-def pair_differences(shaped: jax.Array) -> jax.Array:
-    """Half the difference of each pair [P], with either sign: what alone moves the mean, since partners' noise is opposite.
+def pair_differences(shaped: jax.Array, fitness: jax.Array) -> jax.Array:
+    """Half the difference of each pair's shaped fitness, with either sign [P]; zero where the pair's ``fitness`` is equal.
 
-    With it, pairs that tie leave the mean exactly where it was, where rounding of x_j - m would leave crumbs that Adam, which
-    divides by their size, turns into whole steps.
+    It is all that moves the mean, since partners' noise is opposite. A pair that ties leaves the mean exactly where it was:
+    what rounding leaves of x_j - m, or of a difference that a compiler has contracted, Adam would divide by its own size and
+    make a whole step of.
     """
-    half = (shaped[0::2] - shaped[1::2]) / 2
+    first, second = shaped[0::2], shaped[1::2]
+    half = jnp.where(fitness[0::2] == fitness[1::2], 0.0, (first - second) / 2)
     return jnp.stack([half, -half], 1).reshape(-1)
 
 

@@ -114,6 +114,17 @@ def test_a_population_of_equals_stays_where_it_is(shaping):
     np.testing.assert_array_equal(np.asarray(es.mean(state)), np.asarray(start))
 
 
+@pytest.mark.parametrize("shaping", ["z_score", "centred_ranks", "pair_ranks"])
+def test_pairs_that_tie_leave_the_mean_where_it_is(shaping):
+    """However much one pair has over another: compilers contract products and differences, and leave crumbs."""
+    es = evolution.open_es(jnp.zeros(30), 8, shaping=shaping)
+    for seed in range(5):
+        population, state = es.ask(es.init(jax.random.key(0), jnp.zeros(30)), jax.random.key(1))
+        fitness = jnp.repeat(-45 + 3 * jax.random.normal(jax.random.key(seed), (4,)), 2)
+        state = es.tell(state, population, fitness, jax.random.key(0))
+        np.testing.assert_array_equal(np.asarray(es.mean(state)), np.zeros(30))
+
+
 def test_pair_ranks_see_only_who_won():
     fitness = jnp.array([1.0, 3.0, -2.0, -2.0, 5.0, 4.0])
     ranks = evolution.pair_ranks(fitness)

@@ -189,7 +189,7 @@ def test_partners_differ_by_their_drifts_alone():
 
 
 def test_members_that_fail_are_counted_and_the_search_goes_on():
-    broken = dataclasses.replace(INNER, hypers=INNER.hypers.replace(learning_rate=np.float32(np.inf)))
+    broken = dataclasses.replace(INNER, hypers=INNER.hypers.replace(reward_scale=np.float32(1e38)))
     trainer = meta_lpo.make([broken], **TINY)
     state, metrics = jax.jit(trainer.step)(jax.jit(trainer.init)(jax.random.key(0)))
     assert metrics["failed"] == 1 and metrics["update_norm"] == 0
@@ -246,21 +246,21 @@ def test_wrong_requests(refuse):
 
 def test_from_the_command_line_to_a_run_with_what_was_learned(tmp_path, capsys, answer):
     out = tmp_path / "meta"
-    words = ["meta-train", "lpo", "--env", "toy/Chain", "--popsize", "2", "--inner-env-steps", "64", "--generations", "2"]
+    words = ["meta-train", "lpo", "--env", "toy/Chain-7", "--popsize", "2", "--inner-env-steps", "64", "--generations", "2"]
     small = ["--setup", "num_envs=2", "--setup", "num_steps=16", "--setup", "hidden_sizes=4,4"]
     assert cli._main([*words, *small, "--hidden", "4", "--eval-episodes", "2", "--out", str(out)]) == 0
     said = capsys.readouterr().out
     assert "inner env steps/s" in said and str(out / "learned.npz") in said
     assert cli._main(["meta-train", "lpo", "--out", str(out), "--resume"]) == 0
     assert "finished already" in capsys.readouterr().out
-    code, said = answer(["meta-train", "lpo", "--env", "toy/Chain", "--popsize", "4", "--out", str(out), "--resume"])
+    code, said = answer(["meta-train", "lpo", "--env", "toy/Chain-7", "--popsize", "4", "--out", str(out), "--resume"])
     assert code == 2 and "is 2 in" in said
     name = f"lpo:{out / 'learned.npz'}"
     train = [
         "train",
         "ppo",
         "--env",
-        "toy/Chain",
+        "toy/Chain-7",
         "--total-env-steps",
         "64",
         "--setup.num-envs",

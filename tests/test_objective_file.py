@@ -55,7 +55,7 @@ def test_a_name_is_recorded_with_the_hash_of_its_file(weights):
 
 
 def test_in_a_sweep_other_weights_are_other_cells(weights):
-    content = {"algorithms": ["ppo"], "envs": ["toy/Chain"], "objective": f"lpo:{weights()}"}
+    content = {"algorithms": ["ppo"], "envs": ["toy/Chain-7"], "objective": f"lpo:{weights()}"}
     (spec,) = specs_of(content)
     assert spec.objective == objective_file.pinned(content["objective"])
     name = cell_of(spec).name
@@ -68,7 +68,7 @@ def test_in_a_comparison_it_is_ppo_with_that_objective(weights, tmp_path):
     name = f"lpo:{weights()}"
     hypers, setup = {"learning_rate": "0.01"}, {"num_envs": "2", "num_steps": "16", "hidden_sizes": "4,4"}
     request = compare.Request(
-        "toy/Chain", ("ppo", name), seeds=2, total_env_steps=64, setup=setup, hypers=hypers, num_evals=1, eval_episodes=4
+        "toy/Chain-7", ("ppo", name), seeds=2, total_env_steps=64, setup=setup, hypers=hypers, num_evals=1, eval_episodes=4
     )
     env = compare.make_env(request)
     plan = compare.make_plan(request, env)
@@ -82,7 +82,7 @@ def test_in_a_comparison_it_is_ppo_with_that_objective(weights, tmp_path):
     assert "outside_range" in runs[1].metrics and "outside_range" not in runs[0].metrics
     assert [result.algorithm for result in compare.results_of(runs)] == ["ppo", name]
     assert compare.compare(None, tmp_path / "out", resume=True, say=said.append)
-    page = meta_evaluation.page_of({"toy/Chain": tmp_path / "out"}, ["ppo", name])
+    page = meta_evaluation.page_of({"toy/Chain-7": tmp_path / "out"}, ["ppo", name])
     assert f"| environment | ppo | {name} |" in page and f"| {name} | 0." in page
     # What a learned drift was meta-trained with, no preset may take away.
     assert "normalize_advantage" in lpo.DEFINING
@@ -106,12 +106,13 @@ def test_the_page_puts_returns_and_probabilities_together(monkeypatch, tmp_path)
 
 
 def test_a_run_outside_the_range_says_so(capsys):
-    spec = RunSpec("ppo", "toy/Chain", 100)
+    spec = RunSpec("ppo", "toy/Chain-7", 100)
     result = pgjax.runner.RunResult("finished", "x", 100, [], dict.fromkeys(("compile", "train", "evaluate", "save"), 0.0))
     for share, says in ((0.004, False), (0.3, True), (None, False)):
         display = Display(spec, "again")
         rows = {"env_steps": np.array([[100]]), "episodes": np.array([[1.0]]), "episode_return": np.array([[1.0]])}
         rows |= {} if share is None else {"outside_range": np.array([[share]])}
+        display(Event("started", {"lanes": 1, "env_steps": 100, "done_env_steps": 0, "path": "x"}))
         display(Event("rows", {"rows": rows, "env_steps": 100, "seconds": 1.0}))
         display(Event("finished", {"result": result}))
         assert ("meta-trained on" in capsys.readouterr().out) == says
