@@ -229,6 +229,22 @@ def test_a_temporal_drift_makes_its_own_schedule():
     np.testing.assert_allclose(inner.hypers.gamma, 0.9)
 
 
+@pytest.mark.slow
+def test_a_drift_learned_from_nothing_earns_more_than_none():
+    """Sixteen epochs at a high learning rate undo a policy without a clip. Seen: 0.75 at the start, 0.97 after ten generations."""
+    setup = dict(num_envs=4, num_steps=32, num_epochs=16, num_minibatches=2, hidden_sizes=(16, 16))
+    inner = meta_lpo.inner_algorithm("toy/GridWorld-5x5", setup=setup, hypers={"learning_rate": 0.01})
+    trainer = meta_lpo.make(
+        [inner], init="scratch", popsize=16, seeds=2, inner_env_steps=4096, sigma=0.1, lr=0.05, shaping="centred_ranks"
+    )
+    step, state, earned = jax.jit(trainer.step), jax.jit(trainer.init)(jax.random.key(0)), []
+    for _ in range(16):
+        state, metrics = step(state)
+        earned.append(float(metrics["return_GridWorld-5x5"]))
+    # 32 runs a generation, whose returns lie in [0, 1]: the mean of four generations is good to 0.05.
+    assert np.mean(earned[-4:]) > earned[0] + 0.1
+
+
 # --- the command
 
 
