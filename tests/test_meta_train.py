@@ -231,7 +231,7 @@ def test_a_temporal_drift_makes_its_own_schedule():
 
 @pytest.mark.slow
 def test_a_drift_learned_from_nothing_earns_more_than_none():
-    """Sixteen epochs at a high learning rate undo a policy without a clip. Seen: 0.75 at the start, 0.97 after ten generations."""
+    """Sixteen epochs at a high learning rate undo a policy without a clip. Seen: 0.75 at first, 0.97 ten generations on."""
     setup = dict(num_envs=4, num_steps=32, num_epochs=16, num_minibatches=2, hidden_sizes=(16, 16))
     inner = meta_lpo.inner_algorithm("toy/GridWorld-5x5", setup=setup, hypers={"learning_rate": 0.01})
     trainer = meta_lpo.make(
