@@ -116,7 +116,7 @@ def test_a_loop_cut_short_goes_on_bit_for_bit(undisturbed, tmp_path, often, how)
     assert 0 < done <= 5
     # Lines of the log that no checkpoint knows of are made again.
     with (out / "log.jsonl").open("ab") as log:
-        log.write(b'{"step": 99}\n')
+        log.write(b'{"step": 99}\n' * 500)
     assert loop.meta_train(toy(), out, 12, request={"name": "toy"}, resume=True, say=lines.append)
     (learned, rows), (expected, expected_rows) = contents(out), contents(undisturbed)
     np.testing.assert_array_equal(learned.params["x"], expected.params["x"])
