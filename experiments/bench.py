@@ -3,6 +3,8 @@
 What is compared runs side by side in one process, in turns, so that a busy machine slows both; read the ratios.
 """
 
+import dataclasses
+import functools
 import json
 import os
 import statistics
@@ -22,6 +24,8 @@ from pgjax import algorithms, on_policy, training
 from pgjax import lanes as lanes_
 from pgjax.errors import RequestError, close_names
 from pgjax.experiments.env_speed import random_actions
+from pgjax.experiments.meta_train import lpo as meta_lpo
+from pgjax.experiments.meta_train.loop import placement
 from pgjax.experiments.plain_ppo import plain_ppo
 from pgjax.experiments.shared_settings import differences, settle
 
@@ -171,6 +175,33 @@ def _incremental(repeats, say):
     return figures
 
 
+def _meta(repeats, say):
+    """A generation of LPO's meta-training on CartPole, by population, beside as many lanes of plain PPO."""
+    inner = meta_lpo.inner_algorithm("gymnax/CartPole-v1")
+    plain = pgjax.make("ppo", inner.env, _HYPERS, **dataclasses.asdict(inner.setup))
+    iterations = 16
+    inner_env_steps = iterations * plain.env_steps_per_iteration
+    figures = {}
+    for popsize in (2, 8, 32):
+        trainer = meta_lpo.make([inner], popsize=popsize, inner_env_steps=inner_env_steps)
+        state = jax.device_put(jax.jit(trainer.init)(jax.random.key(0)), placement(trainer))
+        generation, compile_seconds = _compiled(trainer.step, state)
+        lanes, _ = _lane_program(plain, popsize, len(jax.devices()), iterations)
+        run_generation = functools.partial(generation, state)
+        medians = _medians({"generation": run_generation, "plain": lanes}, repeats)
+        speed, plain_speed = (popsize * inner_env_steps / medians[name] for name in ("generation", "plain"))
+        figures[f"popsize {popsize}"] = {
+            "steps_per_second": speed,
+            "plain_steps_per_second": plain_speed,
+            "compile_seconds": compile_seconds,
+        }
+        say(
+            f"  popsize {popsize:>3}  {speed:>10,.0f} inner env steps/s  plain PPO {plain_speed:>10,.0f}  "
+            f"{speed / plain_speed:5.2f} x  compiled in {compile_seconds:4.1f} s"
+        )
+    return figures
+
+
 def _time(repeats, say):
     """Where an iteration's time goes: environment alone, collecting, updating."""
     figures = {}
@@ -312,6 +343,7 @@ PARTS: dict[str, Callable[[int, Callable[[str], None]], Any]] = {
     "ppo": _ppo,
     "family": _family,
     "incremental": _incremental,
+    "meta": _meta,
     "time": _time,
     "startup": _startup,
     "memory": _memory,

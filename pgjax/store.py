@@ -63,8 +63,8 @@ _MERGE_ROWS = 1 << 16
 # The checkout, if this file lies in one: an editable installation links to it.
 _ROOT = Path(os.path.realpath(__file__)).parent.parent
 _LIBRARIES = (
-    "jax jaxlib flax optax distrax chex flashbax gymnax brax mujoco mujoco-mjx playground gymnasium orbax-checkpoint numpy "
-    "pyarrow"
+    "jax jaxlib flax optax distrax chex flashbax evosax gymnax brax mujoco mujoco-mjx playground gymnasium orbax-checkpoint "
+    "numpy pyarrow"
 ).split()
 
 

@@ -170,7 +170,7 @@ class TestWheel:
         expected = {"pgjax/py.typed"}
         for folder, package in FOLDERS.items():
             for path in (ROOT / folder).rglob("*"):
-                if path.suffix in (".py", ".toml", ".json", ".css", ".js"):
+                if path.suffix in (".py", ".toml", ".json", ".css", ".js", ".npz"):
                     expected.add(f"{package.replace('.', '/')}/{path.relative_to(ROOT / folder).as_posix()}")
         held = {name for name in zipfile.ZipFile(wheel).namelist() if ".dist-info/" not in name}
         assert held == expected
