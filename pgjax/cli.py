@@ -133,6 +133,8 @@ class TrainArgs:
     """Folder of a run whose policy every lane starts from."""
     objective: str | None = None
     """A policy objective of your own, FILE.py:NAME, a function of (log_ratio, advantage) or a pgjax.Objective."""
+    rule: str | None = None
+    """For lpg: a learned rule, by name or file, such as lpg:default or runs/groove/rule.npz."""
     env_option: list[str] = dataclasses.field(default_factory=list)
     """K=V, an argument of the environment, such as backend=spring or reset_mode=pool; may be repeated."""
     env_param: list[str] = dataclasses.field(default_factory=list)
@@ -224,6 +226,7 @@ def _train_request(name: str, module, argv: list[str]):
         num_evals=args.num_evals,
         eval_episodes=args.eval_episodes,
         objective=args.objective,
+        rule=args.rule,
         init_policy=args.init_policy,
         precision=args.precision,
         devices=args.devices,
@@ -297,7 +300,7 @@ def _tuples(fields: dict) -> dict:
 
 
 def _numbers(hypers) -> dict[str, float]:
-    names = (field.name for field in dataclasses.fields(hypers) if field.name != "objective")
+    names = (field.name for field in dataclasses.fields(hypers) if field.name not in ("objective", "rule"))
     return {name: float(getattr(hypers, name)) for name in names}
 
 
