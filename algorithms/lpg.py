@@ -20,7 +20,7 @@ import numpy as np
 import optax
 from flax import struct
 
-from pgjax import metrics, on_policy
+from pgjax import learned_files, metrics, on_policy
 from pgjax.distributions import Categorical
 from pgjax.errors import RequestError
 from pgjax.learned_rule import RuleInputs, RuleSpec, apply_rule, read_convention
@@ -31,6 +31,7 @@ from pgjax.types import Algorithm, PyTree
 # A rule is made for short rollouts of many environments, one step each, and for the step sizes of its agents.
 DEFINING = ("num_envs", "num_steps", "optimizer", "hidden_sizes", "activation", "torso", "learning_rate", "max_grad_norm")
 DEFAULT_RULE = "lpg:default"
+_HASH_DIGITS = 12
 
 
 @dataclasses.dataclass(frozen=True)
@@ -415,12 +416,22 @@ def lifetime_of(env_steps, cost: int) -> jax.Array:
     return jnp.maximum(jnp.round(env_steps / cost), 1)
 
 
+def pinned(rule: str | None) -> str:
+    """The rule, or the default one, as a run records it: with the hash of its file. Raises: RequestError if there is none."""
+    rule = DEFAULT_RULE if rule is None else rule
+    return rule if "@" in rule else f"{rule}@{learned_files.digest(learned_files.find(rule, 'lpg'))[:_HASH_DIGITS]}"
+
+
 def load_rule(rule) -> tuple[RuleSpec, PyTree]:
     """``(spec, params)`` of a rule by name, from a file, or as ``Learned``."""
     if isinstance(rule, str) or hasattr(rule, "__fspath__"):
-        from pgjax import learned_files
-
-        rule = learned_files.load(rule, "lpg")
+        name, _, expected = str(rule).partition("@")
+        found = learned_files.digest(learned_files.find(name, "lpg"))
+        if not found.startswith(expected):
+            raise RequestError(
+                f"rule = {rule!r}: the weights of {name} are now @{found[:_HASH_DIGITS]}; start anew with another --out"
+            )
+        rule = learned_files.load(name, "lpg")
     if getattr(rule, "kind", None) != "lpg":
         raise RequestError(f"rule = {rule!r} is no learned rule of kind 'lpg'; give a name, a file or a Learned")
     return read_convention(rule.params, rule.convention)

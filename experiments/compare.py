@@ -11,6 +11,7 @@ What is shared, and what not, is settled in ``shared_settings``.
 import dataclasses
 import json
 import math
+import re
 import shlex
 import textwrap
 from collections.abc import Callable, Sequence
@@ -23,10 +24,12 @@ import pandas as pd
 
 import pgjax
 from pgjax import algorithms
+from pgjax.algorithms import lpo
 from pgjax.checkpoints import disk_errors, from_json, to_json, write_file
 from pgjax.display import Display
 from pgjax.errors import RequestError
 from pgjax.experiments import presets
+from pgjax.experiments.objective_file import is_learned, load_objective, pinned, split_hash
 from pgjax.experiments.plots import finite_seeds, plot_comparison
 from pgjax.experiments.shared_settings import (
     REFERENCE,
@@ -53,7 +56,8 @@ LONGEST_BUDGET = 1.1
 class Request:
     """What is asked for.
 
-    algorithms: public ids; empty or ``("all",)`` for the whole registry.  total_env_steps: of each lane; None for PPO's preset.
+    algorithms: public ids, and ``lpo:NAME_OR_FILE`` for PPO with that learned objective; empty or ``("all",)`` for the whole
+    registry.  total_env_steps: of each lane; None for PPO's preset.
     presets: each algorithm with its own preset in place of shared settings.
     setup, hypers: field -> text, values for all algorithms that have the field and do not define it themselves.
     The rest as in ``RunSpec``; ``eval_episodes`` None means 64 on gymnax and toys and 16 elsewhere, for every algorithm alike.
@@ -163,7 +167,9 @@ def env_options(request: Request) -> dict[str, Any]:
     """
     options: dict[str, tuple[Any, str]] = {}
     for name in dict.fromkeys([REFERENCE, *_names(request)[0]]) if request.presets else (REFERENCE,):
-        for option, value in presets.find("auto", name, request.env).get("env_options", {}).items():
+        for option, value in (
+            presets.find("auto", REFERENCE if is_learned(name) else name, request.env).get("env_options", {}).items()
+        ):
             known, whose = options.setdefault(option, (value, name))
             if known != value and option not in request.env_options:
                 raise RequestError(
@@ -186,7 +192,7 @@ def make_plan(request: Request, env: Environment, command: str = "") -> Plan:
     if request.num_evals < 1:
         raise RequestError(f"--num-evals {request.num_evals}: a comparison needs at least 1 evaluation")
     names, wants_all = _names(request)
-    modules = {name: algorithms.get(name) for name in names}
+    modules = {name: _module(name) for name in names}
     asked = read_asked({"setup": request.setup, "hypers": request.hypers}, modules)
     specs: dict[str, RunSpec] = {}
     built: list[Algorithm] = []
@@ -220,10 +226,25 @@ def _names(request: Request) -> tuple[list[str], bool]:
             raise RequestError(f"--algorithms {' '.join(request.algorithms)}: all stands alone; leave the others out")
         return list(known), True
     for name in request.algorithms:
-        algorithms.get(name)  # complains of unknown names
+        _module(name)  # complains of unknown names
         if request.algorithms.count(name) > 1:
             raise RequestError(f"--algorithms names {name} twice; name each once")
     return list(request.algorithms), False
+
+
+def _module(name: str) -> ModuleType:
+    return lpo if is_learned(name) else algorithms.get(name)
+
+
+def _folder(name: str) -> str:
+    """What an algorithm's folder is called: a learned objective's file may lie anywhere."""
+    return re.sub(r"[^\w.-]+", "-", name)
+
+
+def _label(config: dict[str, Any]) -> str:
+    """What a run is called in tables and figures."""
+    objective = config.get("objective")
+    return split_hash(objective)[0] if objective and is_learned(objective) else config["algorithm"]
 
 
 def _budget(request: Request) -> int:
@@ -245,8 +266,9 @@ def common_budget(total_env_steps: int, per_iteration: Sequence[int]) -> int:
 def _spec(request: Request, name: str, module: ModuleType, settings: Settings) -> RunSpec:
     episodes = DEFAULT_EPISODES.get(request.env.split("/")[0], OTHER_EPISODES)
     changed = differences(module, settings)
+    learned = is_learned(name)
     return RunSpec(
-        algorithm=name,
+        algorithm=REFERENCE if learned else name,
         env=request.env,
         total_env_steps=_budget(request),
         env_options=env_options(request),
@@ -257,6 +279,7 @@ def _spec(request: Request, name: str, module: ModuleType, settings: Settings) -
         num_evals=request.num_evals,
         # A fixed number: cut down run by run, as the runner would, the algorithms would be judged by unequal evaluations.
         eval_episodes=episodes if request.eval_episodes is None else request.eval_episodes,
+        objective=pinned(name) if learned else None,
         devices=request.devices,
         preset=settings.preset,
     )
@@ -264,7 +287,7 @@ def _spec(request: Request, name: str, module: ModuleType, settings: Settings) -
 
 def build(spec: RunSpec, env: Environment) -> Algorithm:
     """The algorithm of ``spec`` on an environment that was made already."""
-    return pgjax.make(spec.algorithm, env, **spec.setup)
+    return pgjax.make(spec.algorithm, env, objective=load_objective(spec.objective), **spec.setup)
 
 
 # --- the folder
@@ -366,11 +389,12 @@ def train_all(plan: Plan, env: Environment, out: Path, say: Callable[[str], None
     again = f"pgjax compare --out {shlex.quote(str(out))} --resume"
     try:
         for name, spec in plan.specs.items():
-            if _is_finished(out / name, spec):
+            folder = out / _folder(name)
+            if _is_finished(folder, spec):
                 say(f"{name} is finished already")
                 continue
             algorithm = build(spec, env)
-            with _store(out / name, spec, env) as store, Display(spec, again) as display:
+            with _store(folder, spec, env) as store, Display(spec, again) as display:
                 if run(spec, store, display, algorithm=algorithm).status == "interrupted":
                     return False
     except KeyboardInterrupt:
@@ -425,7 +449,7 @@ def _result(run: LoadedRun) -> Result:
     env_steps = int(run.metrics.env_steps.max())
     seconds = run.facts["seconds"]
     return Result(
-        algorithm=run.config["algorithm"],
+        algorithm=_label(run.config),
         iqm=float(iqm(returns)) if seeds else math.nan,
         low=float(low),
         high=float(high),
@@ -463,9 +487,9 @@ def mean_kl(run: LoadedRun, seeds: Sequence[int]) -> float:
 
 def write_report(plan: Plan, out: Path) -> list[Result]:
     """Reads the runs and writes ``compare.png``, ``compare.md`` and the results into ``compare.json``."""
-    runs = [pgjax.load(out / name) for name in plan.specs]
+    runs = [pgjax.load(out / _folder(name)) for name in plan.specs]
     results = results_of(runs)
-    plot_comparison(runs, [result.microseconds for result in results], _title(plan), out / "compare.png")
+    plot_comparison(runs, [result.microseconds for result in results], _title(plan), out / "compare.png", list(plan.specs))
     _write(out / "compare.md", report_markdown(plan, results, runs))
     write_plan(out, plan, results)
     return results

@@ -86,19 +86,21 @@ def plot_runs(paths: Sequence[Path], out: Path | None = None, metrics: Sequence[
     return out
 
 
-def plot_comparison(runs: Sequence[LoadedRun], microseconds: Sequence[float], title: str, out: Path) -> Path:
+def plot_comparison(
+    runs: Sequence[LoadedRun], microseconds: Sequence[float], title: str, out: Path, names: Sequence[str] = ()
+) -> Path:
     """Draws what several algorithms earned on one environment, how far each update moved them, and how long they took.
 
     Args:
       runs: one an algorithm, with one configuration each.  microseconds: of training per environment step, one a run.
-      title: of the figure.  out: file to write.
+      title: of the figure.  out: file to write.  names: of the runs, those of their algorithms if not given.
     Returns: the file.
     Raises: RequestError if it cannot be written.
     """
     plt = pyplot()
     figure, axes = plt.subplots(1, 3, figsize=(14, 5.2), width_ratios=(1.45, 1.2, 0.85), layout="constrained", dpi=130)
     returns, divergence, clock = axes
-    names = [run.config["algorithm"] for run in runs]
+    names = names or [run.config["algorithm"] for run in runs]
     for index, (name, run) in enumerate(zip(names, runs, strict=True)):
         style: dict[str, Any] = {
             "label": name,

@@ -11,6 +11,7 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 from pgjax import algorithms, on_policy
 from pgjax.errors import RequestError, close_names
 from pgjax.experiments import presets
+from pgjax.experiments.objective_file import is_learned
 
 # Whose preset, over its defaults, is what all share.
 REFERENCE = "ppo"
@@ -67,7 +68,7 @@ def settle(
     shared, known = shared_fields(env), default_fields(on_policy)
     settings = {}
     for name, module in modules.items():
-        preset = presets.find("auto", name, env)
+        preset = presets.find("auto", REFERENCE if is_learned(name) else name, env)
         if use_presets:
             values = preset_fields(module, preset)
             settings[name] = Settings(_overlaid(values, asked, defining(module)), preset["name"])

@@ -132,9 +132,10 @@ class TrainArgs:
     init_policy: str | None = None
     """Folder of a run whose policy every lane starts from."""
     objective: str | None = None
-    """A policy objective of your own, FILE.py:NAME, a function of (log_ratio, advantage) or a pgjax.Objective."""
+    """A policy objective of your own, FILE.py:NAME, a function of (log_ratio, advantage) or a pgjax.Objective; or a learned
+    one, lpo:NAME_OR_FILE: docs/learned_objectives.md."""
     rule: str | None = None
-    """For lpg: a learned rule, by name or file, such as lpg:default or runs/groove/rule.npz."""
+    """For lpg: a learned rule, by name or file, such as lpg:default or runs/groove/learned.npz."""
     env_option: list[str] = dataclasses.field(default_factory=list)
     """K=V, an argument of the environment, such as backend=spring or reset_mode=pool; may be repeated."""
     env_param: list[str] = dataclasses.field(default_factory=list)
@@ -173,7 +174,7 @@ def _train_request(name: str, module, argv: list[str]):
     import tyro
 
     from pgjax.experiments import presets
-    from pgjax.experiments.objective_file import load_objective
+    from pgjax.experiments.objective_file import load_objective, pinned
     from pgjax.runner import RunSpec
     from pgjax.store import read_run
 
@@ -225,14 +226,23 @@ def _train_request(name: str, module, argv: list[str]):
         log_every=args.log_every,
         num_evals=args.num_evals,
         eval_episodes=args.eval_episodes,
-        objective=args.objective,
-        rule=args.rule,
+        objective=pinned(args.objective),
+        rule=_rule(name, args.rule),
         init_policy=args.init_policy,
         precision=args.precision,
         devices=args.devices,
         preset=preset["name"],
     )
-    return args, spec, load_objective(args.objective)
+    return args, spec, load_objective(spec.objective)
+
+
+def _rule(name: str, rule: str | None) -> str | None:
+    """The learned rule as the run records it; None for methods without one."""
+    if name != "lpg" and rule is None:
+        return None
+    from pgjax.algorithms import lpg
+
+    return lpg.pinned(rule)
 
 
 def _run_training(args: TrainArgs, spec, objective) -> int:
@@ -343,7 +353,7 @@ class CompareArgs:
     env: str
     """Environment, such as gymnax/CartPole-v1; see pgjax list envs."""
     algorithms: list[str] = dataclasses.field(default_factory=list)
-    """Names of pgjax list algorithms, or all; all if not given."""
+    """Names of pgjax list algorithms, or all; all if not given. lpo:NAME_OR_FILE is PPO with that learned objective."""
     seeds: int = 8
     """Number of seeds of each algorithm."""
     seed_start: int = 0
@@ -547,6 +557,63 @@ def _reproduce(argv: list[str]) -> int:
     out = args.out or Path("runs") / f"reproduce-{args.paper}-{args.scale}"
     options = Options(out, args.engine, args.workers, None, args.retry)
     return 0 if reproduce(args.paper, args.scale, options, record=args.record) else _EXIT_FAILED
+
+
+# --- meta-train
+
+
+@dataclasses.dataclass
+class MetaTrainArgs:
+    """Options of ``meta-train`` that every kind shares."""
+
+    out: Path | None = None
+    """Folder to write into; runs/meta-NAME if not given."""
+    seed: int = 0
+    """Seed of the meta-training."""
+    resume: bool = False
+    """Go on with the meta-training in --out from its last checkpoint; the other options may then be left out."""
+
+
+def _meta_train(argv: list[str]) -> int:
+    import tyro
+
+    from pgjax import lanes
+    from pgjax.experiments import meta_train
+
+    words = ["pgjax", "meta-train", *argv]
+    if not argv or argv[0] in ("-h", "--help"):
+        print(f"usage: pgjax meta-train {{{','.join(meta_train.list_names())}}} --out DIR ...")
+        print("\npgjax meta-train NAME --help lists the options: docs/learned_objectives.md")
+        return 0 if argv else _EXIT_WRONG_REQUEST
+    name, *rest = argv
+    lanes.use_host_devices()
+    lanes.use_compilation_cache()
+    module = meta_train.get(name)
+    cls = dataclasses.make_dataclass("MetaTrain", [], bases=(module.Args, MetaTrainArgs))
+    cls.__doc__ = module.Args.__doc__
+    args = _parse(cls, rest, f"pgjax meta-train {name}", config=(tyro.conf.UseAppendAction,))
+    from pgjax.experiments.meta_train import loop
+
+    out = args.out or Path("runs") / f"meta-{name}"
+    given = [word for word in rest if word.startswith("--") and word.split("=")[0] not in ("--resume", "--out")]
+    if args.resume and not given:
+        request = loop.read_request(out)
+        if request.get("name") != name:
+            raise RequestError(f"--resume: {out} holds a meta-training of {request.get('name')}, not of {name}")
+        fields = {field.name for field in dataclasses.fields(module.Args)}
+        args = cls(**{key: value for key, value in request.items() if key in {*fields, "seed"}}, out=out, resume=True)
+    request = {"name": name, **{field.name: getattr(args, field.name) for field in dataclasses.fields(module.Args)}}
+    trainer = module.build(args, _pairs)
+    done = loop.meta_train(
+        trainer,
+        out,
+        args.generations,
+        seed=args.seed,
+        request=request,
+        resume=args.resume,
+        command=shlex.join(words),
+    )
+    return 0 if done else _EXIT_FAILED
 
 
 # --- eval, render, plot, list, doctor, bench
@@ -792,6 +859,7 @@ COMMANDS: dict[str, tuple[Callable[[list[str]], int], str]] = {
     "compare": (_compare, "train several algorithms alike and compare them"),
     "sweep": (_sweep, "run, watch and report many configurations described in one file"),
     "reproduce": (_reproduce, "put a paper's published numbers beside ours"),
+    "meta-train": (_meta_train, "learn an objective or an update rule by training many agents"),
     "eval": (_eval, "evaluate the saved policies of a run"),
     "render": (_render, "draw what a policy of a run does, as GIFs and one page"),
     "plot": (_plot, "draw learning curves of runs"),

@@ -10,6 +10,9 @@ from pgjax.runner import Event, RunSpec
 
 # Seconds between two plain lines.
 _EVERY = 5.0
+# Share of samples outside of a learned objective's range from which on a run says so; its ends are quantiles, so that some
+# samples always are.
+_OUTSIDE = 0.02
 
 
 class Display:
@@ -23,6 +26,7 @@ class Display:
         self._lanes = 1
         self._return = self._mode_return = float("nan")
         self._trained = 0.0
+        self._outside: list[float] = []
 
     def __enter__(self):
         if sys.stdout.isatty():
@@ -64,7 +68,9 @@ class Display:
     def _rows(self, rows, env_steps, seconds):
         self._trained += seconds
         self._done = env_steps
-        returns = mean_over_lanes(rows)["episode_return"]
+        means = mean_over_lanes(rows)
+        self._outside += [share for share in means.get("outside_range", ()) if np.isfinite(share)]
+        returns = means["episode_return"]
         returns = returns[np.isfinite(returns)]
         self._return = returns[-1] if returns.size else self._return
         self._progress()
@@ -93,6 +99,11 @@ class Display:
         seconds = result.seconds
         where = ", ".join(f"{name} {seconds[name]:.1f} s" for name in ("compile", "train", "evaluate", "save"))
         self._print(f"{result.status} at {result.env_steps:,} env steps ({where})")
+        if self._outside and np.mean(self._outside) > _OUTSIDE:
+            self._print(
+                f"note: {np.mean(self._outside):.1%} of the samples lay outside the log ratios and advantages that the "
+                "objective was meta-trained on (metric outside_range): there it is a guess"
+            )
         if result.status == "finished":
             self._print(f"return of the mode policy, mean over {self._lanes} lanes: {self._mode_return:.1f}")
             self._print(f"results in {result.path}; pgjax plot {result.path} draws them")

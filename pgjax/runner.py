@@ -146,7 +146,7 @@ def run(
     Raises: RequestError for a specification that cannot run; RunError if the disk is full.
     """
     algorithm = algorithm or spec.build()
-    with jax.default_matmul_precision(spec.precision), _Interrupt() as interrupt:
+    with jax.default_matmul_precision(spec.precision), Interrupt() as interrupt:
         return _Run(spec, store, report, algorithm, interrupt).execute()
 
 
@@ -174,7 +174,7 @@ def forecast(spec: RunSpec, algorithm: Algorithm | None = None, seconds: float =
     algorithm = algorithm or spec.build()
     with tempfile.TemporaryDirectory() as folder, RunStore.create(folder, spec.config()) as store:
         with jax.default_matmul_precision(spec.precision):
-            run = _Run(spec, store, lambda event: None, algorithm, _Interrupt())
+            run = _Run(spec, store, lambda event: None, algorithm, Interrupt())
             return run.first_group().forecast(seconds)
 
 
@@ -226,7 +226,7 @@ def extend(store: RunStore, algorithm: Algorithm, total_env_steps: int) -> RunSp
     return dataclasses.replace(spec, total_env_steps=total_env_steps)
 
 
-class _Interrupt:
+class Interrupt:
     """Remembers that SIGINT or SIGTERM came, so that the run can end at a checkpoint; a second one ends it at once."""
 
     def __enter__(self):

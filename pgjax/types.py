@@ -88,11 +88,13 @@ class Objective(NamedTuple):
     """A per-sample policy objective, to be maximised: ``fn(sample, params) -> [N]``.
 
     ``params`` is a pytree of arrays (``None`` if the objective has none); it becomes ``hypers.objective``, so it can be
-    swept, vmapped over and differentiated through.
+    swept, vmapped over and differentiated through. ``limits``, ``((lowest, highest) log ratio, (lowest, highest) advantage)``,
+    is the range for which a learned objective can answer; the share of samples outside is then the metric ``outside_range``.
     """
 
     fn: Callable[[Sample, PyTree], jax.Array]
     params: PyTree = None
+    limits: tuple[tuple[float, float], tuple[float, float]] | None = None
 
 
 class Algorithm(NamedTuple):

@@ -36,7 +36,12 @@ def plug(objective, default: PolicyObjective, hypers: _AnyHypers) -> tuple[Polic
     if isinstance(objective, Objective):
         if hypers.objective is None:
             hypers = hypers.replace(objective=objective.params)
-        return lambda sample, hypers, extra: objective.fn(sample, hypers.objective), hypers
+
+        def plugged(sample, hypers, extra):
+            return objective.fn(sample, hypers.objective)
+
+        plugged.limits = objective.limits  # pyright: ignore[reportFunctionMemberAccess]
+        return plugged, hypers
     return lambda sample, hypers, extra: objective(sample.log_ratio, sample.advantage), hypers
 
 
@@ -79,6 +84,10 @@ def surrogate_loss(core: Core, objective: PolicyObjective, key, params, minibatc
     loss = loss_policy - hypers.entropy_coef * masked_mean(sample.dist.entropy(key), weight)
     # E[ratio - 1 - log ratio], never negative: the sampled KL(old || new) with the least variance.
     parts = {"loss_policy": loss_policy, "kl_sampled": masked_mean(jnp.expm1(log_ratio) - log_ratio, weight)}
+    if limits := getattr(objective, "limits", None):
+        pairs = zip((log_ratio, sample.advantage), limits, strict=True)
+        outside = [(x < lowest) | (x > highest) for x, (lowest, highest) in pairs]
+        parts["outside_range"] = masked_mean((outside[0] | outside[1]).astype(log_ratio.dtype), weight)
     if minibatch.value_target is not None:
         parts["loss_value"] = value_fit(core, params, minibatch, hypers)
         loss = loss + hypers.value_coef * parts["loss_value"]
@@ -167,6 +176,7 @@ def minibatch_sgd(
             return jax.lax.stop_gradient(again.replace(value=batch.value))
 
         reported = ["loss_policy", "kl_sampled", "grad_norm", *(["loss_value"] if batch.value_target is not None else [])]
+        reported += ["outside_range"] if getattr(objective, "limits", None) else []
 
         def minibatch_step(carry, step):
             number, minibatch = step

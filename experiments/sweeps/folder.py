@@ -27,6 +27,7 @@ from typing import Any
 import pgjax
 from pgjax.checkpoints import disk_errors, from_json, to_json, write_file
 from pgjax.errors import RequestError
+from pgjax.experiments.objective_file import is_learned
 from pgjax.experiments.results import Result
 from pgjax.runner import RunSpec
 from pgjax.store import hold_folder, read_run
@@ -58,7 +59,8 @@ def cell_of(spec: RunSpec) -> Cell:
         "pgjax": pgjax.__version__,
         "env": env_versions(spec.env),
     }
-    if spec.objective:
+    # A learned objective has the hash of its weights in its name.
+    if spec.objective and not is_learned(spec.objective):
         determining["objective"] = Path(spec.objective.rpartition(":")[0]).read_text()
     if spec.rule and Path(spec.rule).is_file():
         determining["rule"] = hashlib.sha256(Path(spec.rule).read_bytes()).hexdigest()

@@ -33,6 +33,7 @@ import numpy as np
 from pgjax import algorithms
 from pgjax.errors import RequestError, close_names
 from pgjax.experiments import presets
+from pgjax.experiments.objective_file import pinned
 from pgjax.on_policy import LEARNED
 from pgjax.runner import RunSpec
 
@@ -152,6 +153,8 @@ def _base(algorithm: str, module: ModuleType, env: str, parts) -> tuple[RunSpec,
                 kind = {int: "a whole number", str: "text"}.get(wanted, "a whole number or a list of seeds")
                 raise RequestError(f"{where}{name} = {part[name]!r} must be {kind}")
             values[name] = part[name]
+    if "objective" in values:
+        values["objective"] = pinned(values["objective"])
     preset = presets.find(values.pop("preset", "auto"), algorithm, env)
     seeds = _seeds(values.pop("seeds", 1), values.pop("seed_start", 0))
     spec = RunSpec(
