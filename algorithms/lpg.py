@@ -334,7 +334,6 @@ def make(env, setup: Setup = Setup(), hypers: Hypers = Hypers(), *, rule=None): 
     hypers = on_policy.as_hypers(hypers if hypers.rule is not None else hypers.replace(rule=rule_params))
     agent = make_agent(env.observation_space, env.action_space.num, spec.num_predictions, setup)
     core = Core(agent, spec, setup)
-    loop: Any = on_policy.Core(env, setup, agent, lambda params: params, agent.policy, lambda action: action)  # pyright: ignore[reportArgumentType]
     cost = setup.num_envs * setup.num_steps
 
     def init(key, hypers, env_params=None):
@@ -357,10 +356,8 @@ def make(env, setup: Setup = Setup(), hypers: Hypers = Hypers(), *, rule=None): 
     def step(state, hypers):
         key, *keys = jax.random.split(state.key, 4)
         updates, old = state.env_steps // cost, state.learner
-        state, draws = on_policy.draw_rollout(loop, keys, state, hypers)  # pyright: ignore[reportArgumentType]
-        state, played = on_policy.play(loop, old.params, state, draws, hypers)
+        state, played, rollout = collect(env, setup, agent, keys, state, hypers)
         state, collected = on_policy.count_steps(setup, state, played)
-        rollout = rollout_of(played.transitions, state.obs, hypers.reward_scale)
         new, _, said = inner_update(core, old, rollout, hypers, updates, lifetime_of(hypers.anneal_env_steps, cost))
         nonfinite, learner = on_policy.gate(state.nonfinite, new, old)
         dist = agent.policy(learner.params, rollout.obs[:-1])
@@ -402,13 +399,18 @@ def make(env, setup: Setup = Setup(), hypers: Hypers = Hypers(), *, rule=None): 
     )
 
 
-def rollout_of(steps: on_policy.Transitions, obs: jax.Array, reward_scale=1.0) -> Rollout:
-    """Steps and the observation after them as a rollout. An end is an end: the rule is not told of time limits.
+def collect(env, setup, agent: Agent, keys, state: State, hypers) -> tuple[State, on_policy.Played, Rollout]:
+    """Plays T steps in B environments, whose counter is left as it is; ``keys`` are three.
 
-    The successor of an observation is the next one in time, which is another episode's where one ended; there nobody reads it.
+    An end is an end: a rule is not told of time limits. The successor of an observation is the next one in time, which is
+    another episode's where one ended; there nobody reads it.
     """
-    all_obs = jnp.concatenate([steps.obs, obs[None]])
-    return Rollout(all_obs, steps.action, steps.reward * reward_scale, steps.terminated | steps.truncated)
+    loop: Any = on_policy.Core(env, setup, agent, lambda params: params, agent.policy, lambda action: action)  # pyright: ignore
+    state, draws = on_policy.draw_rollout(loop, keys, state, hypers)  # pyright: ignore[reportArgumentType]
+    state, played = on_policy.play(loop, state.learner.params, state, draws, hypers)  # pyright: ignore[reportArgumentType]
+    steps = played.transitions
+    obs = jnp.concatenate([steps.obs, state.obs[None]])
+    return state, played, Rollout(obs, steps.action, steps.reward * hypers.reward_scale, steps.terminated | steps.truncated)
 
 
 def lifetime_of(env_steps, cost: int) -> jax.Array:
