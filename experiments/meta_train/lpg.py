@@ -1,8 +1,8 @@
 """Meta-training of LPG's rule, by meta-gradients or by evolution over whole lives, and of GROOVE's, on levels that teach most.
 
 Meta-gradients: every agent of a population makes K updates by the rule, then plays once more; the rule is moved along the
-gradient of how good that last rollout was, back through all K updates. Evolution: pairs of rules raise an agent each on the same
-level, from birth to the end of its life, and only who earned more at the end counts.
+gradient of how good that last rollout was, back through all K updates. Evolution: pairs of rules raise an agent each on the
+same level, from birth to the end of its life, and only who earned more at the end counts.
 
 Source: Oh et al. 2020, arXiv 2007.08794; Jackson et al. 2023, arXiv 2310.02782 (GROOVE); Jackson et al. 2024, arXiv 2402.05828
 (TA-LPG and evolution); in the form of the latter two's code, EmptyJackson/groove, with its faults mended: see the comments.
