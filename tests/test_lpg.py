@@ -11,6 +11,8 @@ import pytest
 from jax.flatten_util import ravel_pytree
 from probe_envs import Probe
 
+import pgjax
+from pgjax import cli, learned_files
 from pgjax.algorithms import lpg, make
 from pgjax.errors import RequestError
 from pgjax.learned_files import Learned
@@ -390,6 +392,37 @@ def test_rules_in_lanes():
         alone, _ = jax.jit(algorithm.step)(state, hypers.replace(rule=rule))
         for one, other in zip(jax.tree.leaves(lanes.learner.params), jax.tree.leaves(alone.learner.params), strict=True):
             np.testing.assert_allclose(one[i], other, rtol=1e-4, atol=1e-6)
+
+
+def test_from_the_command_line(tmp_path, answer, capsys):
+    """Two seeds by a rule from a file; the record names its weights, and whoever changes them is told."""
+    file = learned_files.save(tmp_path / "rule.npz", reward_rule())
+    run = str(tmp_path / "run")
+    budget = ["--total-env-steps", "300", "--num-evals", "1", "--eval-episodes", "2", "--setup.num-envs", "4"]
+    words = [
+        "train",
+        "lpg",
+        "--env",
+        "grid/debug",
+        "--preset",
+        "none",
+        "--rule",
+        str(file),
+        "--seeds",
+        "2",
+        "--out",
+        run,
+        *budget,
+    ]
+    assert cli._main([*words, "--setup.hidden-sizes", "8"]) == 0
+    loaded = pgjax.load(run)
+    assert loaded.config["rule"] == f"{file}@{learned_files.digest(file)[:12]}" and set(loaded.metrics.seed) == {0, 1}
+    assert loaded.metrics.env_steps.max() == 320 and not loaded.metrics.nonfinite.any()
+    assert cli._main(["eval", run, "--episodes", "2"]) == 0
+    learned_files.save(file, reward_rule()._replace(params=jax.tree.map(lambda x: 2 * x, reward_rule().params)))
+    capsys.readouterr()
+    code, said = answer(["eval", run, "--episodes", "2"])
+    assert code == 2 and "the weights of" in said
 
 
 def test_requests_that_make_no_sense_are_refused():
