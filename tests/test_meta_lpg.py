@@ -6,11 +6,14 @@ import numpy as np
 import pytest
 from jax.flatten_util import ravel_pytree
 
-from pgjax.algorithms import lpg
+from pgjax import checkpoints, learned_files
+from pgjax.algorithms import lpg, make
+from pgjax.envs import make_env
 from pgjax.errors import RequestError
-from pgjax.experiments.meta_train import get, groove, levels
+from pgjax.experiments.meta_train import get, groove, levels, loop, picture
 from pgjax.experiments.meta_train import lpg as meta
-from pgjax.learned_rule import RuleInputs, RuleSpec, apply_rule, init_rule
+from pgjax.learned_files import Learned
+from pgjax.learned_rule import RuleInputs, RuleSpec, apply_rule, convention_of, init_rule
 
 T, B, S = 4, 3, 3
 SPEC = RuleSpec(num_predictions=3, hidden_size=4, embedding_size=3)
@@ -427,3 +430,41 @@ def test_requests_that_make_no_sense_are_refused():
 def test_groove_is_lpg_with_a_curriculum():
     assert get("lpg") is meta and get("groove").Args().score == "alg_regret" and meta.Args().score == "random"
     assert groove.build is meta.build
+
+
+@pytest.mark.slow
+def test_the_picture_of_targets(tmp_path):
+    spec = RuleSpec(num_predictions=3, hidden_size=4, embedding_size=3)
+    convention = convention_of(spec, num_envs=8, num_steps=20)
+    rule = Learned("lpg", init_rule(spec, jax.random.key(0)), convention, {})
+    maps = picture.targets(rule, "sparse", updates=4)
+    assert all(x.shape == (13, 13) for x in maps.values())
+    seen = np.isfinite(maps["pi_hat"])
+    assert seen[6, 6] and 10 < seen.sum() < 169 and (np.isfinite(maps["y_hat"]) == seen).all()
+    # With half of 50 steps left the one object that pays is worth 1 from anywhere within 25 steps.
+    np.testing.assert_allclose(maps["value"][6, 6], 1.0)
+    assert picture.draw(maps, "sparse", tmp_path / "targets.png").stat().st_size > 10_000
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["gradient", "evolution"])
+def test_meta_training_goes_on_bit_for_bit(method, tmp_path):
+    """Through the loop and its files: six meta-updates at once, and three, then three more."""
+    options = dict(lifetime=(2, 4), method=method, eval_levels=2, lr=1e-3)
+    trainer = meta.make(**{**TINY, **options}, **({"score": "alg_regret", "buffer_size": 14} if method == "gradient" else {}))
+    loop.meta_train(trainer, tmp_path / "once", 6, say=lambda text: None)
+    state = jax.jit(trainer.init)(jax.random.key(0))
+    assert set(learned_files.load(tmp_path / "once" / "learned.npz", "lpg").provenance["held_out"]) >= {"normalized_rule"}
+    step = jax.jit(trainer.step)
+    for _ in range(3):
+        state, _ = step(state)
+    checkpoints.save_checkpoint(tmp_path, 3, state, {})
+    state, _ = checkpoints.load_checkpoint(tmp_path, 3, jax.eval_shape(trainer.init, jax.random.key(0)))
+    for _ in range(3):
+        state, _ = step(state)
+    learned = learned_files.load(tmp_path / "once" / "learned.npz", "lpg")
+    for one, other in zip(jax.tree.leaves(learned.params), jax.tree.leaves(trainer.learned(state)), strict=True):
+        np.testing.assert_allclose(one, other, rtol=1e-5, atol=1e-7)
+    env = make_env("grid/debug", observation="index")
+    algorithm = make("lpg", env, rule=tmp_path / "once" / "learned.npz", hidden_sizes=(), torso="table", optimizer="sgd")
+    assert algorithm.hypers.rule["pi_hat"]["kernel"].shape == (8, 1)

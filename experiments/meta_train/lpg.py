@@ -73,6 +73,8 @@ class Args:
     """m, the length of the agent's prediction vector."""
     lr: float = 1e-4
     """Adam's learning rate; for evolution 0.01 is the published one."""
+    max_grad_norm: float = 0.0
+    """Bound on the norm of the meta-gradient; 0 is none, as in the authors' code. A rule that meta-learns fast needs one."""
     lr_decay: float = 0.999
     """Evolution: factor on it after every generation, down to 1e-5."""
     sigma: float = 0.1
@@ -427,6 +429,7 @@ def make(
     cell: Literal["gru", "lstm"] = "gru",
     num_predictions: int = 8,
     lr: float = 1e-4,
+    max_grad_norm: float = 0.0,
     lr_decay: float = 0.999,
     sigma: float = 0.1,
     start: str = "drawn",
@@ -453,6 +456,8 @@ def make(
     for name, value in counts.items():
         if value < 1:
             raise RequestError(f"{name} = {value} must be at least 1")
+    if not max_grad_norm >= 0:
+        raise RequestError(f"max_grad_norm = {max_grad_norm} must be at least 0; 0 is no bound")
     if agents % parts:
         raise RequestError(f"parts = {parts} must divide agents = {agents}")
     if method == "evolution" and score != "random":
@@ -503,7 +508,7 @@ def make(
         cost = round(2 * agents * mean_life * inner.algorithm.env_steps_per_iteration)
     else:
         curriculum = _Curriculum(score, buffer_size, p_replay, transform, temperature, staleness)
-        made = _gradient(inner, spec, sample, agents, parts, lr, curriculum)
+        made = _gradient(inner, spec, sample, agents, parts, lr, max_grad_norm, curriculum)
         cost = agents * (window + 1) * num_envs * num_steps
     init, step, learned, curve = made
     return MetaTrainer(
@@ -538,8 +543,9 @@ class _Curriculum(NamedTuple):
     staleness: float
 
 
-def _gradient(inner: Inner, spec, sample, num: int, parts: int, lr: float, curriculum: _Curriculum):
-    optimizer = optax.adam(lr)
+def _gradient(inner: Inner, spec, sample, num: int, parts: int, lr: float, max_grad_norm: float, curriculum: _Curriculum):
+    bound = optax.clip_by_global_norm(max_grad_norm) if max_grad_norm else optax.identity()
+    optimizer = optax.chain(bound, optax.adam(lr))
     keeps = curriculum.score != "random"
     scored = keeps and curriculum.score != "frozen"
 
