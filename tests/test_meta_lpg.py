@@ -448,8 +448,8 @@ def test_the_picture_of_targets(tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("method", ["gradient", "evolution"])
-def test_meta_training_goes_on_bit_for_bit(method, tmp_path):
-    """Through the loop and its files: six meta-updates at once, and three, then three more."""
+def test_meta_training_through_the_loop_equals_its_steps_from_a_checkpoint(method, tmp_path):
+    """Six meta-updates by the loop, and three, then three more from disk; two programs, so equal within rounding."""
     options = dict(lifetime=(2, 4), method=method, eval_levels=2, lr=1e-3)
     trainer = meta.make(**{**TINY, **options}, **({"score": "alg_regret", "buffer_size": 14} if method == "gradient" else {}))
     loop.meta_train(trainer, tmp_path / "once", 6, say=lambda text: None)
