@@ -24,6 +24,7 @@ _ALGORITHMS = {
     "avg": ("pgjax.algorithms.avg", "Action Value Gradient, incremental (Vasan et al. 2024)"),
     "iac": ("pgjax.algorithms.iac", "Incremental one-step actor-critic, a baseline of AVG"),
     "sac1": ("pgjax.algorithms.sac1", "SAC that learns from the last transition alone, a baseline of AVG"),
+    "lpg": ("pgjax.algorithms.lpg", "Learned policy gradient, by a meta-learned rule (Oh et al. 2020)"),
     "td3_1": ("pgjax.algorithms.td3_1", "TD3 that learns from the last transition alone, a baseline of AVG"),
 }
 
@@ -40,14 +41,15 @@ def get(name: str):
     return importlib.import_module(_ALGORITHMS[name][0])
 
 
-def make(name: str, env, hypers: dict | None = None, *, objective=None, networks=None, **setup):
+def make(name: str, env, hypers: dict | None = None, *, objective=None, networks=None, rule=None, **setup):
     """Builds the algorithm ``name`` on ``env``; keyword arguments are fields of its ``Setup``.
 
-    Args: hypers: fields of its ``Hypers`` that differ from the defaults.  objective, networks: see the algorithm's ``make``.
+    Args: hypers: fields of its ``Hypers`` that differ from the defaults.
+      objective, networks, rule: see the algorithm's ``make``.
     Raises: RequestError for unknown names and for values that cannot work.
     """
     module = get(name)
-    plugs = {key: plug for key, plug in (("objective", objective), ("networks", networks)) if plug is not None}
+    plugs = {key: plug for key, plug in (("objective", objective), ("networks", networks), ("rule", rule)) if plug is not None}
     for key in plugs:
         if key not in inspect.signature(module.make).parameters:
             raise RequestError(f"{name} takes no {key} of your own; leave it out")

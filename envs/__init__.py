@@ -43,7 +43,15 @@ _TOY = (
     *("Cliff-3x6", "Cliff-4x8", "Cliff-5x10", "Bandit5", "Bandit10", "Bandit20", "Bandit100", "Bandit1000"),
     *("Discrete2D-10", "Discrete2D-50", "Discrete2D-100"),
 )
-_NAMES = {"gymnax": _GYMNAX, "brax": _BRAX, "mujoco": _MUJOCO, "playground": _PLAYGROUND, "toy": _TOY}
+# Our own, in ``grid_world.py``.
+_GRID = (
+    *("all", "small", "medium", "large", "debug", "dense", "sparse", "long", "longer", "long_dense"),
+    *("rand_dense", "rand_long", "rand_small", "rand_sparse", "rand_very_dense"),
+    *(f"maze-{i}" for i in range(9)),
+)
+_NAMES = {"gymnax": _GYMNAX, "brax": _BRAX, "mujoco": _MUJOCO, "playground": _PLAYGROUND, "toy": _TOY, "grid": _GRID}
+# The adapter, where it is not named like the library.
+_ADAPTERS = {"grid": "grid_world"}
 # The module to import, where it is not named like the library here.
 _MODULES = {"playground": "mujoco_playground"}
 # What pip has to install where a library is missing; an extra of pgjax where one exists.
@@ -132,7 +140,8 @@ def make_env(name: str, **options: Any):
     ``"c"``), ``reset_mode``, ``episode_length``, ``num_threads`` and what Gymnasium's constructor takes. Of every Playground
     one: ``impl`` (default ``"jax"``), ``reset_mode`` (default ``"pool"``), ``episode_length``, ``action_repeat`` and what its
     configuration has, such as ``ctrl_dt`` and ``sim_dt``. Of every toy: ``reset_mode``,
-    ``episode_length``, and for bandits the ``seed`` of the arms.
+    ``episode_length``, and for bandits the ``seed`` of the arms. Of every grid: ``reset_mode``, ``observation`` and the
+    ``seed`` of the level.
 
     Raises:
         RequestError: unknown name, unknown option, a combination that does not work, or a library that is missing.
@@ -176,7 +185,7 @@ def _close_envs(name: str) -> str:
 
 def _adapter(library: str):
     try:
-        return importlib.import_module(f"pgjax.envs.{library}")
+        return importlib.import_module(f"pgjax.envs.{_ADAPTERS.get(library, library)}")
     except ModuleNotFoundError as error:
         if (error.name or "").partition(".")[0] == "pgjax":
             raise

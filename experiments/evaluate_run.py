@@ -70,7 +70,7 @@ def acting(
             raise RequestError(f"--env {where.name}: its {space} {there} is not the run's, {here}")
     algorithm = trained._replace(env=where)
     # The action map belongs to the environment the policy acts in.
-    return algorithm._replace(act=pgjax.make(spec.algorithm, where, **spec.setup).act), policies, columns
+    return algorithm._replace(act=pgjax.make(spec.algorithm, where, rule=spec.rule, **spec.setup).act), policies, columns
 
 
 def episode_keys(seed: int, columns: dict[str, np.ndarray]) -> jax.Array:

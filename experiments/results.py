@@ -146,7 +146,7 @@ def command_of(config: dict[str, Any]) -> str:
                 words.append(flag if value else f"--{group}.no-{name.replace('_', '-')}")
             else:
                 words += [flag, *_plain(value, " ").split()]
-    for name in ("log_every", "num_evals", "eval_episodes", "objective", "init_policy", "precision"):
+    for name in ("log_every", "num_evals", "eval_episodes", "objective", "rule", "init_policy", "precision"):
         if config.get(name) is not None:
             words += [f"--{name.replace('_', '-')}", f"{config[name]}"]
     return shlex.join(words)

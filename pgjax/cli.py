@@ -134,6 +134,8 @@ class TrainArgs:
     objective: str | None = None
     """A policy objective of your own, FILE.py:NAME, a function of (log_ratio, advantage) or a pgjax.Objective; or a learned
     one, lpo:NAME_OR_FILE: docs/learned_objectives.md."""
+    rule: str | None = None
+    """For lpg: a learned rule, by name or file, such as lpg:default or runs/groove/learned.npz."""
     env_option: list[str] = dataclasses.field(default_factory=list)
     """K=V, an argument of the environment, such as backend=spring or reset_mode=pool; may be repeated."""
     env_param: list[str] = dataclasses.field(default_factory=list)
@@ -225,12 +227,22 @@ def _train_request(name: str, module, argv: list[str]):
         num_evals=args.num_evals,
         eval_episodes=args.eval_episodes,
         objective=pinned(args.objective),
+        rule=_rule(name, args.rule),
         init_policy=args.init_policy,
         precision=args.precision,
         devices=args.devices,
         preset=preset["name"],
     )
     return args, spec, load_objective(spec.objective)
+
+
+def _rule(name: str, rule: str | None) -> str | None:
+    """The learned rule as the run records it; None for methods without one."""
+    if name != "lpg" and rule is None:
+        return None
+    from pgjax.algorithms import lpg
+
+    return lpg.pinned(rule)
 
 
 def _run_training(args: TrainArgs, spec, objective) -> int:
@@ -298,7 +310,7 @@ def _tuples(fields: dict) -> dict:
 
 
 def _numbers(hypers) -> dict[str, float]:
-    names = (field.name for field in dataclasses.fields(hypers) if field.name != "objective")
+    names = (field.name for field in dataclasses.fields(hypers) if field.name not in ("objective", "rule"))
     return {name: float(getattr(hypers, name)) for name in names}
 
 

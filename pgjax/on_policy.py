@@ -24,6 +24,8 @@ from pgjax.spaces import Discrete
 from pgjax.types import Algorithm, Environment, PyTree
 
 _Hypers = TypeVar("_Hypers", bound=struct.PyTreeNode)
+# Fields of Hypers that are no single number but the parameters of something learned.
+LEARNED = ("objective", "rule")
 # Counters are int32; float32 ones would stop counting at 2**24.
 MAX_ENV_STEPS = 2**31 - 1
 
@@ -559,7 +561,7 @@ def as_hypers(hypers: _Hypers, **changes) -> _Hypers:
             raise RequestError(f"hypers.{name} is not a hyperparameter here; {close_names(name, fields)}")
         fields[name] = value
     for name, value in fields.items():
-        if name == "objective":
+        if name in LEARNED:
             fields[name] = jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.float32), value)
             continue
         if isinstance(value, Tracer):

@@ -34,7 +34,7 @@ CHECKPOINT_SECONDS = 5.0
 CHECKPOINT_SHARE, EVALUATION_SHARE = 0.05, 0.2
 # Evaluations that take less than this in all are never cut down.
 EVALUATION_FREE_SECONDS = 10.0
-DEFAULT_EPISODES = {"gymnax": 64, "toy": 64}
+DEFAULT_EPISODES = {"gymnax": 64, "toy": 64, "grid": 64}
 OTHER_EPISODES = 16
 
 
@@ -49,6 +49,7 @@ class RunSpec:
     log_every: iterations per row, None for about 200 rows.  num_evals: evaluations during the run.
     eval_episodes: per evaluation and policy; None means 64 on gymnax and toys and 16 elsewhere, cut down if they take too long.
     objective: where a pluggable objective comes from, as text for the record.
+    rule: name or file of the learned rule, for ``lpg``; None for its default.
     init_policy: path of a run whose first policy every lane starts from.
     precision: of matrix products, ``float32`` by default.  devices: how many to use, None for all.
     preset: name of the preset that was applied, for the record.
@@ -66,6 +67,7 @@ class RunSpec:
     num_evals: int = 10
     eval_episodes: int | None = None
     objective: str | None = None
+    rule: str | None = None
     init_policy: str | None = None
     precision: str = "float32"
     devices: int | None = None
@@ -76,11 +78,13 @@ class RunSpec:
         env = pgjax.make_env(self.env, **self.env_options)
         if self.env_params:
             env = with_params(env, self.env_params)
-        return pgjax.make(self.algorithm, env, objective=objective, **self.setup)
+        return pgjax.make(self.algorithm, env, objective=objective, rule=self.rule, **self.setup)
 
     def config(self) -> dict[str, Any]:
         """The specification as JSON values; ``from_config`` is the way back."""
-        return json.loads(json.dumps(dataclasses.asdict(self)))
+        config = json.loads(json.dumps(dataclasses.asdict(self)))
+        # Left out where there is none, so that what was run before there were rules is still the same run.
+        return config if self.rule is not None else {name: value for name, value in config.items() if name != "rule"}
 
     @classmethod
     def from_config(cls, config: dict[str, Any]) -> "RunSpec":

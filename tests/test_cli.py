@@ -1,18 +1,22 @@
 """The command line: what a wrong request is answered with, and what the commands print."""
 
+import dataclasses
 import itertools
 import shutil
 import subprocess
 import sys
 from pathlib import Path
 
+import jax
 import pytest
 
 import pgjax
-from pgjax import cli
+from pgjax import cli, learned_files
 from pgjax.algorithms import list_algorithms
 from pgjax.errors import RequestError
 from pgjax.experiments import presets
+from pgjax.learned_files import Learned
+from pgjax.learned_rule import RuleSpec, convention_of, init_rule
 from pgjax.runner import RunSpec
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -186,7 +190,7 @@ _PRESETS = list(
 
 
 @pytest.mark.parametrize(("name", "algorithm"), _PRESETS, ids=[f"{name}-{algorithm}" for name, algorithm in _PRESETS])
-def test_every_preset_builds(name, algorithm):
+def test_every_preset_builds(name, algorithm, tmp_path):
     preset = presets.list_presets()[name][algorithm]
     assert set(preset) <= set(presets._FIELDS)
     assert algorithm in list_algorithms()
@@ -200,6 +204,10 @@ def test_every_preset_builds(name, algorithm):
         options = preset.get("env_options", {})
     setup = {key: tuple(value) if isinstance(value, list) else value for key, value in preset.get("setup", {}).items()}
     spec = RunSpec(algorithm, env, preset["total_env_steps"], env_options=options, setup=setup, configs=(preset["hypers"],))
+    if algorithm == "lpg":
+        rule = RuleSpec(num_predictions=2, hidden_size=2, embedding_size=2)
+        learned = Learned("lpg", init_rule(rule, jax.random.key(0)), convention_of(rule), {})
+        spec = dataclasses.replace(spec, rule=str(learned_files.save(tmp_path / "rule.npz", learned)))
     spec.check(spec.build())
 
 

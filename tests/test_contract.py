@@ -15,6 +15,8 @@ from pgjax.algorithms import get, list_algorithms, make, ppo
 from pgjax.checkpoints import load_checkpoint, save_checkpoint
 from pgjax.distributions import DiagGaussian
 from pgjax.errors import RequestError
+from pgjax.learned_files import Learned
+from pgjax.learned_rule import RuleSpec, convention_of, init_rule
 from pgjax.networks import ActorCritic, Networks
 from pgjax.training import with_horizon
 from pgjax.types import Algorithm
@@ -43,9 +45,13 @@ STEPWISE = {
     "sac1": dict(num_steps=16, scaler="code"),
     "td3_1": dict(num_steps=16),
 }
+# The same for methods that learn by a learned rule, which has to be given.
+BY_RULE = {"lpg": dict(hidden_sizes=(4,), optimizer="adam")}
 STEPWISE_TINY = dict(batch_size=4, buffer_size=24, warmup_steps=4)
 # Methods for continuous actions alone.
 CONTINUOUS_ONLY = ("avg", "iac", "sac1", "td3_1")
+# Methods for discrete actions alone.
+DISCRETE_ONLY = ("lpg",)
 # What a method takes in place of these fields of other tests, where it has no such thing.
 NO_SUCH = {"trpo": ("num_epochs", "num_minibatches"), "mdpo": ("num_minibatches",)}
 PARTS = ("value_minibatches", "fixup_minibatches", "behavior_num_steps")
@@ -55,12 +61,28 @@ COMMON_METRICS = """env_steps episodes episode_return episode_length loss_policy
 STEPWISE_METRICS = "env_steps episodes episode_return episode_length loss_policy loss_value grad_norm nonfinite".split()
 
 
+# Those with settings, metrics and a loop of their own.
+APART = STEPWISE | BY_RULE
+RULE_METRICS = [name for name in COMMON_METRICS if name not in ("loss_value", "explained_variance")]
+
+
 def tiny(name):
-    """Fields of ``Setup`` that make an iteration of 16 environment steps."""
-    if name not in STEPWISE:
+    """Fields of ``Setup`` that make an iteration of 16 environment steps, and what else has to be given."""
+    if name in TABLE:
         return TINY | TABLE[name]
     fields = get(name).Setup.__dataclass_fields__
-    return {key: value for key, value in (TINY | STEPWISE_TINY | STEPWISE[name]).items() if key in fields}
+    setup = {key: value for key, value in (TINY | STEPWISE_TINY | APART[name]).items() if key in fields}
+    return setup | ({"rule": random_rule()} if name in BY_RULE else {})
+
+
+def random_rule(seed=0):
+    """A small rule that nobody trained, with a say of its own on every step."""
+    spec = RuleSpec(num_predictions=3, hidden_size=8, embedding_size=4, temporal="relative")
+    return Learned("lpg", init_rule(spec, jax.random.key(seed)), convention_of(spec), {})
+
+
+def env_of(name):
+    return dataclasses.replace(ENV, continuous=False) if name in DISCRETE_ONLY else ENV
 
 
 def flat(tree):
@@ -69,7 +91,7 @@ def flat(tree):
 
 
 def metrics_of(name):
-    return STEPWISE_METRICS if name in STEPWISE else COMMON_METRICS
+    return STEPWISE_METRICS if name in STEPWISE else RULE_METRICS if name in BY_RULE else COMMON_METRICS
 
 
 @dataclasses.dataclass(frozen=True)
@@ -114,7 +136,7 @@ class Built:
     """An algorithm with its functions compiled, counting how often ``step`` is traced."""
 
     def __init__(self, name):
-        self.algorithm = make(name, ENV, **tiny(name))
+        self.algorithm = make(name, env_of(name), **tiny(name))
         self.hypers = with_horizon(self.algorithm.hypers, 1000)
         self.traces = 0
 
@@ -134,17 +156,17 @@ class Built:
 
 @pytest.fixture(scope="module", params=list_algorithms())
 def built(request):
-    assert request.param in {*TABLE, *STEPWISE}, f"{request.param!r} has no row in TABLE or STEPWISE"
+    assert request.param in {*TABLE, *APART}, f"{request.param!r} has no row in TABLE, STEPWISE or BY_RULE"
     return Built(request.param)
 
 
 def test_the_table_has_no_row_too_many():
-    assert sorted([*TABLE, *STEPWISE]) == sorted(list_algorithms())
+    assert sorted([*TABLE, *APART]) == sorted(list_algorithms())
 
 
 def test_parts_of_an_algorithm(built):
     algorithm = built.algorithm
-    assert isinstance(algorithm, Algorithm) and algorithm.env is ENV
+    assert isinstance(algorithm, Algorithm) and algorithm.env == env_of(algorithm.name)
     assert algorithm.name in list_algorithms() and algorithm.env_steps_per_iteration == 16
     assert dataclasses.replace(algorithm.setup) == algorithm.setup and hash(algorithm.setup)
     for leaf in jax.tree.leaves(algorithm.hypers):
@@ -200,7 +222,7 @@ def test_plain_python_numbers_do_not_change_what_a_state_is_made_of(built):
 
 
 def numbers(built):
-    return [field.name for field in dataclasses.fields(built.hypers) if field.name != "objective"]
+    return [field.name for field in dataclasses.fields(built.hypers) if field.name not in on_policy.LEARNED]
 
 
 def test_same_key_same_result_and_other_keys_other_results(built):
@@ -259,7 +281,7 @@ def to_float64(tree):
 
 
 # All share the loop; the slow ones only guard what an algorithm adds to it.
-@pytest.mark.parametrize("name", [n if n == "ppo" else pytest.param(n, marks=pytest.mark.slow) for n in [*TABLE, *STEPWISE]])
+@pytest.mark.parametrize("name", [n if n == "ppo" else pytest.param(n, marks=pytest.mark.slow) for n in [*TABLE, *APART]])
 def test_a_lane_equals_its_single_run_in_float64(name):
     built = Built(name)
     starts = [built.init(jax.random.key(i), built.hypers, gain(1)) for i in range(2)]
@@ -282,14 +304,15 @@ def test_actions_and_policies(built):
     # A wide policy, whose samples must be brought into the bounds.
     wide = policy._replace(actor=jax.tree.map(lambda x: 3 * x + 1, policy.actor))
     obs = jnp.linspace(-1, 1, 50)[:, None]
+    shape, dtype = ((50,), jnp.int32) if algorithm.name in DISCRETE_ONLY else ((50, 1), jnp.float32)
     modes = built.act(wide, obs, None)
     samples = [built.act(wide, obs, jax.random.key(seed)) for seed in (0, 0, 1)]
     np.testing.assert_allclose(modes, algorithm.act(wide, obs, None), rtol=1e-5)
     np.testing.assert_array_equal(samples[0], samples[1])
     assert (samples[0] != samples[2]).any() and (samples[0] != modes).any()
     for action in (modes, *samples):
-        assert action.shape == (50, 1) and action.dtype == jnp.float32
-        assert (np.abs(action) <= 1).all()
+        assert action.shape == shape and action.dtype == dtype
+        assert (np.abs(action) <= 1).all() and (dtype == jnp.float32 or (action >= 0).all())
     assert np.abs(samples[0]).max() > 0.99
 
 
@@ -469,7 +492,7 @@ def cases_of(name):
     return EVERYONES + WITH_ENVS * ("num_envs" in get(name).Setup.__dataclass_fields__)
 
 
-@pytest.mark.parametrize("name, case", [(name, case) for name in [*TABLE, *STEPWISE] for case in cases_of(name)])
+@pytest.mark.parametrize("name, case", [(name, case) for name in [*TABLE, *APART] for case in cases_of(name)])
 def test_unusable_setups_are_refused_in_one_line(name, case):
     fields, words = UNUSABLE_SETUPS[case]
     with pytest.raises(RequestError) as error:
@@ -505,11 +528,11 @@ UNUSABLE_NUMBERS = [
 ]
 
 
-@pytest.mark.parametrize("name", [*TABLE, *STEPWISE])
+@pytest.mark.parametrize("name", [*TABLE, *APART])
 @pytest.mark.parametrize("hypers, words", UNUSABLE_NUMBERS)
 def test_unusable_numbers_are_refused_in_one_line(name, hypers, words):
     field = next(iter(hypers))
-    if name in STEPWISE and field not in (*get(name).Hypers.__dataclass_fields__, "learning_rat"):
+    if name in APART and field not in (*get(name).Hypers.__dataclass_fields__, "learning_rat"):
         pytest.skip("has no such number")
     with pytest.raises(RequestError) as error:
         make(name, DISCRETE, hypers)

@@ -90,6 +90,7 @@ OBJECTIVES = {
     "iac": None,
     "sac1": None,
     "td3_1": None,
+    "lpg": None,  # its rule takes the place of an objective
     "vmpo": None,  # weighted maximum likelihood: its first step is not the policy gradient
 }
 # Without the importance ratio; their drift is not one.

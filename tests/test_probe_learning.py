@@ -91,8 +91,9 @@ RUNS = {
     "props": (150, {"behavior_num_steps": 5, "behavior_epochs": 4, "behavior_minibatches": 2}),
     "ros": (150, {}),
 }
-# Methods that learn from a replay buffer, in test_off_policy.py, or from one transition at a time, in test_incremental.py.
-ELSEWHERE = {"sac", "mdpo_off", "avg", "iac", "sac1", "td3_1"}
+# Methods that learn from a replay buffer, in test_off_policy.py, or from one transition at a time, in test_incremental.py; by a
+# learned rule, in test_lpg.py.
+ELSEWHERE = {"sac", "mdpo_off", "avg", "iac", "sac1", "td3_1", "lpg"}
 
 
 def test_every_algorithm_has_a_row():

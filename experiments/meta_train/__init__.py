@@ -15,6 +15,8 @@ from pgjax.types import Metrics, PyTree
 # kind on the command line -> module with ``Args``, a dataclass of its options, and ``build(args) -> MetaTrainer``
 _MODULES = {
     "lpo": "pgjax.experiments.meta_train.lpo",
+    "lpg": "pgjax.experiments.meta_train.lpg",
+    "groove": "pgjax.experiments.meta_train.groove",
 }
 
 

@@ -244,7 +244,7 @@ class _Names:
 def _given(result: Result) -> dict[str, Any]:
     """The fields that make a method, as far as they are not at their defaults."""
     config = result.config
-    others = {name: config[name] for name in ("objective", "init_policy") if config.get(name) is not None}
+    others = {name: config[name] for name in ("objective", "rule", "init_policy") if config.get(name) is not None}
     return {**config["setup"], **config["configs"][0], **others}
 
 

@@ -151,7 +151,7 @@ def check_specs(specs: Sequence[Any]) -> None:
     seen = set()
     algorithms: dict[str, Any] = {}
     for spec in specs:
-        key = repr((spec.algorithm, spec.env, spec.env_options, spec.env_params, spec.setup, spec.objective))
+        key = repr((spec.algorithm, spec.env, spec.env_options, spec.env_params, spec.setup, spec.objective, spec.rule))
         if key not in algorithms:
             algorithms[key] = spec.build(load_objective(spec.objective))
         if (known := (key, repr(spec.configs), spec.total_env_steps)) in seen:

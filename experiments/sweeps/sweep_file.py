@@ -34,6 +34,7 @@ from pgjax import algorithms
 from pgjax.errors import RequestError, close_names
 from pgjax.experiments import presets
 from pgjax.experiments.objective_file import pinned
+from pgjax.on_policy import LEARNED
 from pgjax.runner import RunSpec
 
 DEFAULT_ENV_STEPS = 500_000
@@ -51,6 +52,7 @@ _VALUES: dict[str, Any] = {
     "log_every": int,
     "precision": str,
     "objective": str,
+    "rule": str,
 }
 _TABLES = ("setup", "hypers", "env_options", "env_params", "grid", "random")
 _TOP = ("algorithms", "envs", "seeds_per_cell", "algorithm", "env", "search", "engine")
@@ -94,7 +96,7 @@ def fields_of(algorithm: str) -> dict[str, tuple[str, Any]]:
     module = algorithms.get(algorithm)
     fields = {name: ("setup", hint) for name, hint in get_type_hints(module.Setup).items()}
     # One name in both would be a riddle in a grid; the contract test keeps them apart.
-    return fields | {name: ("hypers", float) for name in module.Hypers.__dataclass_fields__ if name != "objective"}
+    return fields | {name: ("hypers", float) for name in module.Hypers.__dataclass_fields__ if name not in LEARNED}
 
 
 def with_values(spec: RunSpec, values: dict[str, Any], where: str) -> RunSpec:

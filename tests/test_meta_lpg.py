@@ -1,0 +1,470 @@
+"""Meta-training of LPG: the meta-gradient against differences, the critic, lives and levels, and the buffer's promises."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.flatten_util import ravel_pytree
+
+from pgjax import checkpoints, learned_files
+from pgjax.algorithms import lpg, make
+from pgjax.envs import make_env
+from pgjax.errors import RequestError
+from pgjax.experiments.meta_train import get, groove, levels, loop, picture
+from pgjax.experiments.meta_train import lpg as meta
+from pgjax.learned_files import Learned
+from pgjax.learned_rule import RuleInputs, RuleSpec, apply_rule, convention_of, init_rule
+
+T, B, S = 4, 3, 3
+SPEC = RuleSpec(num_predictions=3, hidden_size=4, embedding_size=3)
+OUTCOME = meta.Outcome(policy_entropy=0.3, prediction_entropy=0.2, pi_hat_cost=0.4, y_hat_cost=0.5)
+TINY = dict(levels="debug", agents=4, parts=2, num_envs=4, num_steps=5, window=2, hidden_size=8, num_predictions=3)
+
+
+def inner_of(window, outcome=OUTCOME, spec=SPEC):
+    options = dict(actor_lr=2.0, predictor_lr=1.5, outcome=outcome)
+    return meta.make_inner("debug", spec, num_envs=B, num_steps=T, window=window, **options)
+
+
+def rollouts_of(num, reward=None, seed=0):
+    """``num`` rollouts on three states, [num, ...]."""
+    rng = np.random.default_rng(seed)
+    number = rng.integers(0, S, (num, T + 1, B, 1))
+    obs = np.concatenate([number, np.zeros_like(number)], -1).astype(float)
+    reward = rng.normal(size=(num, T, B)) if reward is None else np.full((num, T, B), reward)
+    end = rng.random((num, T, B)) < 0.3
+    return lpg.Rollout(*map(jnp.asarray, (obs, rng.integers(0, 5, (num, T, B)), reward, end)))
+
+
+def as64(tree):
+    return jax.tree.map(lambda x: x.astype(jnp.float64) if jnp.issubdtype(x.dtype, jnp.floating) else x, tree)
+
+
+def softmax(x):
+    x = jnp.exp(x - x.max(-1, keepdims=True))
+    return x / x.sum(-1, keepdims=True)
+
+
+class Reference:
+    """Windows on fixed rollouts, gradients written out: linear agents, SGD, bounds, critic, advantages, regularisers."""
+
+    def __init__(self, agent, rollouts, window):
+        self.window, self.rates, self.limit = window, (2.0, 1.5), 0.5
+        self.tables = [np.asarray(x)[:S] for x in (*agent.state.learner.params, agent.critic)]
+        self.state = np.asarray(rollouts.obs[..., 0], int)
+        self.action, self.reward, self.end = (np.asarray(x) for x in rollouts[1:])
+        self.advantage = self.advantages()
+
+    def step(self, table, gradient, rate):
+        norm = jnp.sqrt((gradient**2).sum())
+        return table - rate * gradient * jnp.minimum(1, self.limit / norm)
+
+    def gae(self, critic, k):
+        value, advantage, last = critic[self.state[k], 0], np.zeros((T, B)), np.zeros(B)
+        for t in reversed(range(T)):
+            goes_on = 1 - self.end[k, t]
+            last = self.reward[k, t] + 0.99 * goes_on * value[t + 1] - value[t] + 0.99 * 0.95 * goes_on * last
+            advantage[t] = last
+        return value, advantage
+
+    def advantages(self):
+        """Of the last rollout, by a critic that took a step on each of those before it."""
+        critic = self.tables[2]
+        for k in range(self.window):
+            _, advantage = self.gae(critic, k)
+            gradient = np.zeros_like(critic)
+            np.add.at(gradient[:, 0], self.state[k, :-1].ravel(), (-2 * advantage / (T * B)).ravel())
+            critic = np.asarray(self.step(critic, gradient, 1.5))
+        advantage = self.gae(critic, self.window)[1]
+        return (advantage - advantage.mean()) / (advantage.std() + 1e-8)
+
+    def loss(self, rule, base):
+        """The meta-loss of ``rule``, where the rule is fed what agents of ``base`` would show it."""
+        actor, predictor = self.tables[:2]
+        frozen_actor, frozen_predictor = actor, predictor
+        cost = 0.0
+        for k in range(self.window):
+            state, chosen = self.state[k], np.eye(5)[self.action[k]]
+
+            def said(rule, actor, predictor, k=k, state=state, chosen=chosen):
+                prob, y = (softmax(actor[state[:-1]]) * chosen).sum(-1), softmax(predictor[state])
+                return apply_rule(SPEC, rule, RuleInputs(self.reward[k], jnp.asarray(self.end[k]), prob, y[:-1], y[1:]))
+
+            def updated(actor, predictor, pi_hat, log_y_hat, state=state, chosen=chosen):
+                pi, y = softmax(actor[state[:-1]]), softmax(predictor[state[:-1]])
+                up = jnp.zeros_like(actor).at[state[:-1]].add(pi_hat[..., None] * (chosen - pi)) / (T * B)
+                ratio = jnp.log(y) - log_y_hat
+                towards = y * (ratio - (y * ratio).sum(-1, keepdims=True))
+                towards = jnp.zeros_like(predictor).at[state[:-1]].add(towards) / (T * B)
+                return self.step(actor, -up, 2.0), self.step(predictor, 0.5 * towards, 1.5)
+
+            pi_hat, log_y_hat = said(rule, frozen_actor, frozen_predictor)
+            actor, predictor = updated(actor, predictor, pi_hat, log_y_hat)
+            frozen_actor, frozen_predictor = updated(
+                frozen_actor, frozen_predictor, *said(base, frozen_actor, frozen_predictor)
+            )
+            pi, y = softmax(actor[state[:-1]]), softmax(predictor[state[:-1]])
+            cost += 0.3 * (pi * jnp.log(pi)).sum(-1).mean() + 0.2 * (y * jnp.log(y)).sum(-1).mean()
+            cost += 0.4 * (pi_hat**2).mean() + 0.5 * jnp.exp(2 * log_y_hat).sum(-1).mean()
+        pi = softmax(actor[self.state[-1, :-1]])
+        log_prob = jnp.log((pi * np.eye(5)[self.action[-1]]).sum(-1))
+        return -(log_prob * self.advantage).mean() + cost / max(self.window, 1)
+
+
+def agent_and_rule(inner):
+    level = inner.env.default_params
+    agent = meta.new_agent(inner, jax.random.key(0), level, 1000.0)
+    big = lambda tree: jax.tree.map(lambda x: 20 * x, tree)  # noqa: E731
+    learner = agent.state.learner
+    agent = agent.replace(
+        state=agent.state.replace(learner=learner.replace(params=big(learner.params))), critic=big(agent.critic)
+    )
+    flat, back = ravel_pytree(init_rule(SPEC, jax.random.key(1)))
+    return as64(agent), as64(back(2 * flat + 0.3 * jax.random.normal(jax.random.key(2), flat.shape)))
+
+
+def from_these(rollouts, inner):
+    """``collect`` that plays back: the one whose turn it is by the agent's age."""
+
+    def collect(_, state, key):
+        turn = state.env_steps // inner.algorithm.env_steps_per_iteration
+        return state, jax.tree.map(lambda x: x[turn], rollouts)
+
+    return collect
+
+
+@pytest.mark.parametrize("window", [0, 1, 2])
+def test_the_meta_gradient_is_that_of_finite_differences(float64, window):
+    inner, rollouts = inner_of(window), rollouts_of(window + 1)
+    agent, rule = agent_and_rule(inner)
+    reference = Reference(agent, rollouts, window)
+    collect = from_these(rollouts, inner)
+
+    def loss(rule):
+        return meta.live(inner, rule, agent, jax.random.key(0), collect)
+
+    (value, (after, lived)), gradient = jax.jit(jax.value_and_grad(loss, has_aux=True))(rule)
+    flat, back = ravel_pytree(rule)
+    slow = jax.jit(lambda x: reference.loss(back(x), rule))
+    np.testing.assert_allclose(value, slow(flat), rtol=1e-6)
+    gradient = ravel_pytree(gradient)[0]
+    if window == 0:
+        assert (gradient == 0).all() and after.state.env_steps == 0
+        return
+    # Every parameter by itself, and none is out of reach.
+    width = 1e-5
+    steps = width * jnp.eye(len(flat))
+    differences = jax.jit(jax.vmap(lambda e: (slow(flat + e) - slow(flat - e)) / (2 * width)))(steps)
+    np.testing.assert_allclose(gradient, differences, rtol=1e-3, atol=1e-8)
+    assert (np.abs(gradient) > 1e-9).mean() > 0.7
+    for leaf in jax.tree.leaves(back(gradient)):
+        assert np.abs(leaf).max() > 1e-7
+    assert after.state.env_steps == window * T * B and lived.absolute > 0
+
+
+def test_the_critic_learns_constant_rewards():
+    """A reward of 1 in each of four states, one after the other: the values are sums of what is left of the episode."""
+    inner = inner_of(1)
+    agent = meta.new_agent(inner, jax.random.key(0), inner.env.default_params, 1000.0)
+    number = np.broadcast_to(np.array([0, 1, 2, 3, 0])[:, None, None], (T + 1, B, 1))
+    obs = jnp.asarray(np.concatenate([number, 0 * number], -1), jnp.float32)
+    end = jnp.zeros((T, B), bool).at[-1].set(True)
+    rollout = lpg.Rollout(obs, jnp.zeros((T, B), jnp.int32), jnp.ones((T, B)), end)
+
+    def one(carry, _):
+        *carry, loss = meta.fit_critic(inner, *carry, rollout)
+        return tuple(carry), loss
+
+    (critic, _), losses = jax.jit(lambda *start: jax.lax.scan(one, start, length=100))(agent.critic, agent.critic_opt)
+    assert losses[-1] < 0.5 * losses[0]
+    expected = [sum(0.99**i for i in range(n)) for n in (4, 3, 2, 1)]
+    np.testing.assert_allclose(critic[:4, 0], expected, rtol=0.02)
+
+
+def test_advantages_have_no_axis_too_many():
+    """Of a level with one reward, where [T] against [T, 1] would give every step the same credit."""
+    rollout = jax.tree.map(lambda x: x[0], rollouts_of(1))
+    advantage, target = levels.advantages(jnp.zeros((T + 1, B)), rollout, 0.99, 0.95)
+    assert advantage.shape == target.shape == (T, B)
+
+
+# ---- The buffer -----------------------------------------------------------------------------------------------------
+
+
+def numbered(key):
+    """Levels that are a number, and a life of seven."""
+    return jax.random.uniform(key), jnp.float32(7)
+
+
+def test_the_buffer_keeps_its_promises():
+    """Played by 5 agents that end at random, against flags kept by hand."""
+    num, size = 5, 24
+    buffer, slots = levels.init_buffer(numbered, jax.random.key(0), size, num)
+    scored, rng, replays = np.zeros(size, bool), np.random.default_rng(0), 0
+
+    @jax.jit
+    def turn(buffer, slots, ended, score, key, now):
+        keys = jax.random.split(key)
+        renewed = levels.renew_lowest(buffer, numbered, keys[0], num)
+        recorded = levels.record(renewed, slots, ended, score)
+        return renewed, *levels.choose(recorded, keys[1], slots, ended, now, p_replay=0.7)
+
+    for now in range(1, 60):
+        ended = rng.random(num) < 0.6
+        score = rng.normal(size=num)
+        renewed, after, choice = turn(buffer, slots, ended, score, jax.random.key(now), now)
+        fresh = np.asarray(renewed.level != buffer.level)
+        assert fresh.sum() == num and not fresh[np.asarray(slots)].any(), "those that are lived on stay"
+        if (~scored).sum() - num >= num:
+            assert not scored[fresh].any(), "first those that nobody has scored give way"
+        scored &= ~fresh
+        scored[np.asarray(slots)[ended]] = True
+        np.testing.assert_array_equal(scored, ~np.asarray(after.new))
+        np.testing.assert_allclose(np.asarray(after.score)[np.asarray(slots)[ended]], score[ended], rtol=1e-6)
+        new_slots, replayed = np.asarray(choice.slots), np.asarray(choice.replayed)
+        assert len(set(new_slots)) == num and set(new_slots) == set(np.flatnonzero(after.active))
+        assert (new_slots[~ended] == np.asarray(slots)[~ended]).all() and not replayed[~ended].any()
+        assert scored[new_slots[replayed]].all() and not scored[new_slots[ended & ~replayed]].any()
+        replays += replayed.sum()
+        buffer, slots = after, choice.slots
+    assert replays > 20
+
+
+def full(score, num=4):
+    """A buffer of scored levels that nobody lives on, and behind them as many new ones and those of ``num`` agents."""
+    size = len(score)
+    rest = size + num
+    flags = np.arange(size + rest)
+    return levels.Buffer(
+        level=jnp.arange(size + rest),
+        lifetime=jnp.ones(size + rest),
+        score=jnp.concatenate([jnp.asarray(score, jnp.float32), jnp.zeros(rest)]),
+        active=jnp.asarray(flags >= 2 * size),
+        new=jnp.asarray(flags >= size),
+        played=jnp.zeros(size + rest, jnp.int32),
+    ), jnp.arange(2 * size, 2 * size + num, dtype=jnp.int32)
+
+
+SCORE = [0.3, -1.0, 2.0, 0.5, 1.1, 0.0]
+
+
+def chosen(num_keys=1, **options):
+    buffer, slots = full(SCORE)
+    pick = jax.jit(jax.vmap(lambda key: levels.choose(buffer, key, slots, jnp.ones(4, bool), 3, **options)[1]))
+    return jax.tree.map(np.asarray, pick(jax.random.split(jax.random.key(0), num_keys)))
+
+
+def test_how_often_levels_are_replayed():
+    assert not chosen(100, p_replay=0.0).replayed.any() and chosen(100, p_replay=1.0).replayed.all()
+    share = chosen(2500, p_replay=0.3).replayed.mean()
+    assert abs(share - 0.3) < 4 * np.sqrt(0.21 / 10_000)
+    # Never before there are as many scored levels as agents.
+    buffer, slots = full(SCORE[:3])
+    assert not levels.choose(buffer, jax.random.key(0), slots, jnp.ones(4, bool), 3, p_replay=1.0)[1].replayed.any()
+
+
+def test_what_is_replayed():
+    order = np.argsort(SCORE)[::-1]
+    np.testing.assert_array_equal(chosen(p_replay=1.0).slots[0], order[:4])
+    cold = chosen(50, p_replay=1.0, transform="proportional", temperature=1e-3).slots
+    np.testing.assert_array_equal(cold, np.tile(order[:4], (50, 1)))
+    warm = chosen(6000, p_replay=1.0, transform="proportional", temperature=1e6).slots[:, 0]
+    counts = np.bincount(warm, minlength=6)
+    assert np.abs(counts - 1000).max() < 4 * np.sqrt(1000 * 5 / 6)
+    # The first draw of "proportional" is a softmax of the scores.
+    first = chosen(6000, p_replay=1.0, transform="proportional", temperature=1.0).slots[:, 0]
+    share = np.asarray(jax.nn.softmax(jnp.array(SCORE)))
+    assert (np.abs(np.bincount(first, minlength=6) / 6000 - share) < 4 * np.sqrt(share * (1 - share) / 6000)).all()
+
+
+def test_levels_that_were_not_played_for_long():
+    buffer, _ = full(SCORE)
+    buffer = buffer.replace(played=buffer.played.at[:6].set(jnp.array([9, 9, 9, 9, 0, 9])))
+    weight = jnp.exp(levels.replay_weight(buffer, 9, "rank", 1.0, staleness=1.0))
+    np.testing.assert_allclose(weight[:6], [0, 0, 0, 0, 1, 0], atol=1e-6)
+    half = jnp.exp(levels.replay_weight(buffer, 9, "rank", 1.0, staleness=0.5))
+    ranks = 1 / np.array([4, 6, 1, 3, 2, 5])
+    expected = 0.5 * ranks / ranks.sum() + 0.5 * np.array([0, 0, 0, 0, 1, 0])
+    np.testing.assert_allclose(half[:6], expected, rtol=1e-5)
+    assert (half[6:] == 0).all()
+
+
+def test_without_replay_levels_are_those_of_plain_lpg():
+    """Two-sample Kolmogorov-Smirnov on the numbers that levels are."""
+    num = 8
+    buffer, slots = levels.init_buffer(numbered, jax.random.key(1), 40, num)
+
+    @jax.jit
+    def turn(carry, key):
+        buffer, slots = carry
+        keys = jax.random.split(key, 3)
+        ended = jax.random.bernoulli(keys[0], 0.5, (num,))
+        buffer = levels.renew_lowest(buffer, numbered, keys[1], num)
+        buffer = levels.record(buffer, slots, ended, buffer.level[slots])
+        buffer, choice = levels.choose(buffer, keys[2], slots, ended, 1, p_replay=0.0)
+        return (buffer, choice.slots), (buffer.level[choice.slots], ended)
+
+    _, (found, ended) = jax.lax.scan(turn, (buffer, slots), jax.random.split(jax.random.key(2), 400))
+    found = np.sort(np.asarray(found)[np.asarray(ended)])
+    plain = np.sort(np.asarray(jax.vmap(numbered)(jax.random.split(jax.random.key(3), len(found)))[0]))
+    both = np.concatenate([found, plain])
+    gap = np.abs(np.searchsorted(found, both, "right") - np.searchsorted(plain, both, "right")).max() / len(found)
+    assert gap < 1.95 * np.sqrt(2 / len(found)) and len(found) > 1000
+
+
+def test_only_those_that_need_it_are_computed():
+    flags = jnp.array([0, 1, 0, 0, 1, 1, 0], bool)
+    calls = []
+
+    def square(x):
+        jax.debug.callback(lambda x: calls.append(float(x)), x)
+        return x**2
+
+    out = jax.jit(lambda flags, x: levels.for_those(flags, square, x, 2))(flags, jnp.arange(7.0))
+    jax.effects_barrier()
+    np.testing.assert_array_equal(out, [0, 1, 0, 0, 16, 25, 0])
+    assert len(calls) == 4 and {1.0, 4.0, 5.0} <= set(calls)
+    none = jax.jit(lambda flags, x: levels.for_those(flags, jnp.square, x, 2))(jnp.zeros(7, bool), jnp.arange(7.0))
+    assert (none == 0).all()
+
+
+# ---- Regret ---------------------------------------------------------------------------------------------------------
+
+
+def test_regret_of_an_agent_to_its_like_is_zero_and_scales_with_rewards():
+    inner = meta.make_inner("debug", SPEC, num_envs=8, num_steps=5, window=1, outcome=OUTCOME)
+    num, setup, hypers = 48, inner.setup, inner.algorithm.hypers
+    sampled = meta.held_out(inner.env.family, num)
+
+    def both(level, key):
+        one, other = (levels.a2c_return(inner.env, setup, hypers, levels.A2C(), level, 20, k) for k in jax.random.split(key))
+
+        def uniform(obs, key):
+            return jax.random.randint(key, obs.shape[:1], 0, 5)
+
+        dearer = level._replace(reward=3 * level.reward)
+        return one, other, *(levels.episode_return(inner.env, uniform, x, key, 8) for x in (level, dearer))
+
+    one, other, plain, dear = (
+        np.asarray(x) for x in jax.jit(jax.vmap(both))(sampled, jax.random.split(jax.random.key(0), num))
+    )
+    gap = one - other
+    assert abs(gap.mean()) < 3 * gap.std() / np.sqrt(num)
+    np.testing.assert_allclose(dear, 3 * plain, rtol=1e-5)
+    # The antagonist has learned something: it earns more than chance, beyond three standard errors.
+    gain = one - plain
+    assert gain.mean() > 3 * gain.std() / np.sqrt(num)
+
+
+# ---- Whole meta-trainers --------------------------------------------------------------------------------------------
+
+
+def test_groove_from_meta_update_to_meta_update():
+    trainer = meta.make(**TINY, lifetime=(4, 8), score="alg_regret", buffer_size=14, p_replay=1.0, eval_levels=1)
+    state, step = jax.jit(trainer.init)(jax.random.key(0)), jax.jit(trainer.step)
+    ages = np.asarray(state.agents.state.env_steps) // 20
+    assert (ages < state.agents.lifetime).all() and len(set(ages)) > 1, "not all are born at once"
+    replayed = 0
+    for _ in range(12):
+        before = state
+        state, metrics = step(state)
+        assert all(np.isfinite(value) for value in metrics.values()) and metrics["refused"] == metrics["broken"] == 0
+        ages, old = (np.asarray(s.agents.state.env_steps) // 20 for s in (state, before))
+        ended = old + 2 >= np.asarray(before.agents.lifetime)
+        np.testing.assert_array_equal(ages, np.where(ended, 0, old + 2))
+        assert metrics["ended"] == ended.sum()
+        slots = np.asarray(state.slots)
+        assert set(slots) == set(np.flatnonzero(state.buffer.active)) and len(set(slots)) == 4
+        np.testing.assert_array_equal(state.agents.state.env_params.start, state.buffer.level.start[slots])
+        np.testing.assert_array_equal(state.agents.lifetime, state.buffer.lifetime[slots])
+        replayed += metrics["replayed"]
+    assert replayed > 0 and metrics["scored"] >= 4 and state.count == 12
+    first, last = (ravel_pytree(s.rule)[0] for s in (jax.jit(trainer.init)(jax.random.key(0)), state))
+    assert 0 < np.abs(first - last).max() <= 12 * 1.1e-4, "Adam's steps are no longer than its rate"
+    assert trainer.env_steps_per_step == 4 * 3 * 4 * 5 and trainer.kind == "lpg"
+
+
+def test_evolution_of_whole_lives():
+    trainer = meta.make(
+        **{**TINY, "temporal": "relative"}, lifetime=(2, 5), method="evolution", lr=0.01, start="zero", eval_levels=1
+    )
+    state = jax.jit(trainer.init)(jax.random.key(0))
+    assert (ravel_pytree(trainer.learned(state))[0] == 0).all()
+    state, metrics = jax.jit(trainer.step)(state)
+    assert np.abs(ravel_pytree(trainer.learned(state))[0]).max() > 0 and metrics["failed"] == 0
+    assert set(metrics) == {"fitness_mean", "fitness_best", "ties", "failed", "sigma", "rule_norm"}
+
+
+def test_partners_begin_alike_and_short_lives_end_early():
+    inner = inner_of(1, spec=RuleSpec(num_predictions=3, hidden_size=4, embedding_size=3, temporal="relative"))
+    rule = init_rule(inner.algorithm.core.spec, jax.random.key(5))
+    level, keys = inner.env.default_params, jax.random.split(jax.random.key(0), 3)
+    grown = jax.jit(lambda life, key_life, longest: meta.raised(inner, rule, level, life, keys[0], key_life, longest))
+    one, other = (grown(jnp.float32(3), key, 0) for key in keys[1:])
+    for a, b in zip(
+        jax.tree.leaves((one.learner, one.env_state)), jax.tree.leaves((other.learner, other.env_state)), strict=True
+    ):
+        np.testing.assert_array_equal(a, b)
+    short, long = grown(jnp.float32(3), keys[1], 3), grown(jnp.float32(3), keys[1], 9)
+    for a, b in zip(jax.tree.leaves(short.learner), jax.tree.leaves(long.learner), strict=True):
+        np.testing.assert_array_equal(a, b)
+    assert (one.learner.params.actor != short.learner.params.actor).any() and long.env_steps == 9 * T * B
+
+
+def test_requests_that_make_no_sense_are_refused():
+    for changes, words in (
+        ({"levels": "al"}, "levels = 'al' are unknown; did you mean"),
+        ({"parts": 3}, "parts = 3 must divide agents = 4"),
+        ({"lifetime": (9, 3)}, r"lifetime = \(9, 3\)"),
+        ({"score": "regret"}, "score = 'regret'"),
+        ({"score": "alg_regret", "buffer_size": 8}, "buffer_size = 8"),
+        ({"score": "alg_regret", "p_replay": 1.5}, "p_replay = 1.5"),
+        ({"score": "alg_regret", "method": "evolution"}, "method = 'evolution'"),
+        ({"levels": "rand_small", "score": "optimal_regret"}, "optimal_regret"),
+        ({"agents": 0}, "agents = 0"),
+    ):
+        with pytest.raises(RequestError, match=words):
+            meta.make(**{**TINY, **changes})
+
+
+def test_groove_is_lpg_with_a_curriculum():
+    assert get("lpg") is meta and get("groove").Args().score == "alg_regret" and meta.Args().score == "random"
+    assert groove.build is meta.build
+
+
+@pytest.mark.slow
+def test_the_picture_of_targets(tmp_path):
+    spec = RuleSpec(num_predictions=3, hidden_size=4, embedding_size=3)
+    convention = convention_of(spec, num_envs=8, num_steps=20)
+    rule = Learned("lpg", init_rule(spec, jax.random.key(0)), convention, {})
+    maps = picture.targets(rule, "sparse", updates=4)
+    assert all(x.shape == (13, 13) for x in maps.values())
+    seen = np.isfinite(maps["pi_hat"])
+    assert seen[6, 6] and 10 < seen.sum() < 169 and (np.isfinite(maps["y_hat"]) == seen).all()
+    # With half of 50 steps left the one object that pays is worth 1 from anywhere within 25 steps.
+    np.testing.assert_allclose(maps["value"][6, 6], 1.0)
+    assert picture.draw(maps, "sparse", tmp_path / "targets.png").stat().st_size > 10_000
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["gradient", "evolution"])
+def test_meta_training_through_the_loop_equals_its_steps_from_a_checkpoint(method, tmp_path):
+    """Six meta-updates by the loop, and three, then three more from disk; two programs, so equal within rounding."""
+    options = dict(lifetime=(2, 4), method=method, eval_levels=2, lr=1e-3)
+    trainer = meta.make(**{**TINY, **options}, **({"score": "alg_regret", "buffer_size": 14} if method == "gradient" else {}))
+    loop.meta_train(trainer, tmp_path / "once", 6, say=lambda text: None)
+    state = jax.jit(trainer.init)(jax.random.key(0))
+    assert set(learned_files.load(tmp_path / "once" / "learned.npz", "lpg").provenance["held_out"]) >= {"normalized_rule"}
+    step = jax.jit(trainer.step)
+    for _ in range(3):
+        state, _ = step(state)
+    checkpoints.save_checkpoint(tmp_path, 3, state, {})
+    state, _ = checkpoints.load_checkpoint(tmp_path, 3, jax.eval_shape(trainer.init, jax.random.key(0)))
+    for _ in range(3):
+        state, _ = step(state)
+    learned = learned_files.load(tmp_path / "once" / "learned.npz", "lpg")
+    for one, other in zip(jax.tree.leaves(learned.params), jax.tree.leaves(trainer.learned(state)), strict=True):
+        np.testing.assert_allclose(one, other, rtol=1e-5, atol=1e-7)
+    env = make_env("grid/debug", observation="index")
+    algorithm = make("lpg", env, rule=tmp_path / "once" / "learned.npz", hidden_sizes=(), torso="table", optimizer="sgd")
+    assert algorithm.hypers.rule["pi_hat"]["kernel"].shape == (8, 1)
