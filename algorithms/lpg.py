@@ -357,7 +357,7 @@ def make(env, setup: Setup = Setup(), hypers: Hypers = Hypers(), *, rule=None): 
         key, *keys = jax.random.split(state.key, 4)
         updates, old = state.env_steps // cost, state.learner
         state, played, rollout = collect(env, setup, agent, keys, state, hypers)
-        state, collected = on_policy.count_steps(setup, state, played)
+        state, collected = on_policy.count_steps(setup, state, played)  # pyright: ignore[reportArgumentType]
         new, _, said = inner_update(core, old, rollout, hypers, updates, lifetime_of(hypers.anneal_env_steps, cost))
         nonfinite, learner = on_policy.gate(state.nonfinite, new, old)
         dist = agent.policy(learner.params, rollout.obs[:-1])
@@ -405,9 +405,11 @@ def collect(env, setup, agent: Agent, keys, state: State, hypers) -> tuple[State
     An end is an end: a rule is not told of time limits. The successor of an observation is the next one in time, which is
     another episode's where one ended; there nobody reads it.
     """
+    # Collecting reads and renews only what this state has in common with that of the on-policy methods.
     loop: Any = on_policy.Core(env, setup, agent, lambda params: params, agent.policy, lambda action: action)  # pyright: ignore
-    state, draws = on_policy.draw_rollout(loop, keys, state, hypers)  # pyright: ignore[reportArgumentType]
-    state, played = on_policy.play(loop, state.learner.params, state, draws, hypers)  # pyright: ignore[reportArgumentType]
+    shared: Any = state
+    shared, draws = on_policy.draw_rollout(loop, keys, shared, hypers)
+    state, played = on_policy.play(loop, shared.learner.params, shared, draws, hypers)  # pyright: ignore[reportAssignmentType]
     steps = played.transitions
     obs = jnp.concatenate([steps.obs, state.obs[None]])
     return state, played, Rollout(obs, steps.action, steps.reward * hypers.reward_scale, steps.terminated | steps.truncated)

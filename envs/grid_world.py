@@ -21,7 +21,7 @@ hand-made levels, and mazes, of its own / here: ours, with the same sizes, objec
 import dataclasses
 import math
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -119,16 +119,18 @@ def _sampled(sizes, objects, limits, num_walls, wall: np.ndarray | None = None, 
     def sample(key):
         keys = jax.random.split(key, 8)
         size, num_objects = _whole(keys[0], *sizes), _whole(keys[1], *objects)
-        # In smaller grids some of the walls are outside, where they have no effect.
-        walls = wall
-        if walls is None:
-            walls = jnp.zeros(cells, bool).at[_distinct_cells(keys[2], jnp.ones(cells, bool), num_walls)].set(True)
+        if wall is None:
+            # In smaller grids some of them are outside, where they have no effect.
+            drawn = _distinct_cells(keys[2], jnp.ones(cells, bool), num_walls)
+            walls = jnp.zeros(cells, bool).at[drawn].set(True)
+        else:
+            walls = jnp.asarray(wall)
         free = ~walls & (jnp.arange(cells) < size**2)
         start, *object_cell = _distinct_cells(keys[3], free, 1 + max_objects)
         low = jnp.full(max_objects, min_reward).at[0].set(0.0)
         return Level(
             size=size,
-            wall=jnp.asarray(walls),
+            wall=walls,
             start=start,
             object_cell=jnp.stack(object_cell),
             object_type=jnp.arange(max_objects, dtype=jnp.int32),
@@ -143,7 +145,7 @@ def _sampled(sizes, objects, limits, num_walls, wall: np.ndarray | None = None, 
 
 
 def _level(size: int, wall, start: int, cells: list[int], types: list[int], kinds: np.ndarray, limit: int) -> Level:
-    return Level(
+    numbers: dict[str, Any] = dict(
         size=np.int32(size),
         wall=np.asarray(wall, bool),
         start=np.int32(start),
@@ -155,6 +157,7 @@ def _level(size: int, wall, start: int, cells: list[int], types: list[int], kind
         p_respawn=kinds[:, _RETURN],
         max_steps_in_episode=np.int32(limit),
     )
+    return Level(**numbers)
 
 
 def _fixed(level: Level, tabular: bool) -> Family:

@@ -230,8 +230,8 @@ def fit_critic(inner: Inner, critic: PyTree, opt_state: PyTree, rollout: lpg.Rol
         return ((value[:-1] - target) ** 2).mean()
 
     loss_value, gradient = jax.value_and_grad(loss)(critic)
-    both = [lpg.ActorCritic(x, x) for x in (critic, opt_state, gradient)]
-    params, opt_states = lpg.descend(setup, hypers, *both, lpg.ActorCritic(hypers.predictor_lr, hypers.predictor_lr))
+    params, states, slopes, rates = (lpg.ActorCritic(x, x) for x in (critic, opt_state, gradient, hypers.predictor_lr))
+    params, opt_states = lpg.descend(setup, hypers, params, states, slopes, rates)
     return params.critic, opt_states.critic, loss_value
 
 
@@ -279,8 +279,8 @@ def live(inner: Inner, rule: PyTree, agent: Agent, key: jax.Array, collect: Call
     state, last = collect(inner, state, keys[-1])
 
     def fit(carry, rollout):
-        *carry, loss = fit_critic(inner, *carry, rollout)
-        return tuple(carry), loss
+        critic, opt_state, loss = fit_critic(inner, carry[0], carry[1], rollout)
+        return (critic, opt_state), loss
 
     (critic, critic_opt), losses = jax.lax.scan(fit, (agent.critic, agent.critic_opt), rollouts)
     # The value's trailing axis is dropped. authors' code: keeps it, so that advantages [T, 1] meet log-probabilities [T] as
@@ -527,7 +527,7 @@ def _levels(levels: str, lifetime: tuple[int, int] | None) -> tuple[str, tuple[i
     known = [*LIFETIMES, *ALIASES]
     if levels not in known:
         raise RequestError(f"levels = {levels!r} are unknown; {close_names(levels, known)}")
-    short, usual = ALIASES.get(levels, (levels, LIFETIMES.get(levels)))
+    short, usual = ALIASES[levels] if levels in ALIASES else (levels, LIFETIMES[levels])
     shortest, longest = lifetime or usual
     if not 1 <= shortest <= longest:
         raise RequestError(f"lifetime = {(shortest, longest)} must be the shortest and the longest life, from 1 update on")
@@ -604,8 +604,13 @@ def _gradient(inner: Inner, spec, sample, num: int, parts: int, lr: float, max_g
                 buffer = levels_.renew_lowest(buffer, sample, key_fresh, num)
                 buffer = levels_.record(buffer, slots, ended, score_of(state, ended, lived, key_score))
                 c = curriculum
-                options = dict(p_replay=c.p_replay, transform=c.transform, temperature=c.temperature, staleness=c.staleness)
-                buffer, choice = levels_.choose(buffer, key_choice, slots, ended, state.count, **options)
+                buffer, choice = levels_.choose(
+                    *(buffer, key_choice, slots, ended, state.count),
+                    p_replay=c.p_replay,
+                    transform=c.transform,
+                    temperature=c.temperature,
+                    staleness=c.staleness,
+                )
             else:
                 buffer, choice = levels_.choose_any(buffer, key_choice, slots, ended)
             slots, replayed = choice
@@ -670,7 +675,8 @@ def _evolution(inner: Inner, spec, sample, num: int, parts: int, lr, lr_decay, s
     def step(state):
         key, key_ask, key_tasks, key_runs, key_tell = jax.random.split(state.key, 5)
         population, asked = es.ask(state.es, key_ask)
-        fitness = fitness_of(population, *tasks(key_tasks), key_runs)
+        level, lifetime = tasks(key_tasks)
+        fitness = fitness_of(population, level, lifetime, key_runs)
         told = es.tell(asked, population, fitness, key_tell)
         pairs = fitness.reshape(num, 2)
         metrics = {
@@ -708,7 +714,7 @@ def _evolution(inner: Inner, spec, sample, num: int, parts: int, lr, lr_decay, s
             rules, level, lifetime, keys = x
             longest = lifetime.max()
             both = jax.vmap(member, (0, None, None, None, 0, None))
-            return jax.vmap(lambda *x: both(*x, jnp.arange(2), longest))(rules, level, lifetime, keys)
+            return jax.vmap(lambda a, b, c, d: both(a, b, c, d, jnp.arange(2), longest))(rules, level, lifetime, keys)
 
         return jax.lax.map(part, xs).reshape(2 * num)
 

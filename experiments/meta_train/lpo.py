@@ -213,7 +213,7 @@ def make(
     def report(state):
         params = jax.tree.map(np.asarray, es.mean(state.es))
         keys = jax.random.split(jax.random.key(1), seeds)
-        counts = sum(_histograms(part, objective, inner_env_steps, params, keys) for part in inner)
+        counts = np.sum([_histograms(part, objective, inner_env_steps, params, keys) for part in inner], 0)
         told = {"range": {name: _quantiles(counts[i], *_HISTOGRAM[name]) for i, name in enumerate(_HISTOGRAM)}}
         told["upper_clip"] = {
             "progress": _PROGRESS.tolist(),
@@ -280,10 +280,13 @@ def _histograms(part: Inner, objective: Objective, inner_env_steps: int, params:
     def count(sample, hypers, extra):
         return extra + jnp.stack([cells(getattr(sample, name), ends) for name, ends in _HISTOGRAM.items()])
 
-    plugged, hypers = plug(objective, lambda *_: None, part.hypers)
+    plugged, hypers = plug(objective, lambda sample, *_: sample.advantage, part.hypers)
     update = minibatch_sgd(plugged, update_extra=count)
-    start = {"init_extra": lambda core, hypers: jnp.zeros((len(_HISTOGRAM), _CELLS))}
-    algorithm = on_policy.make("ppo", part.env, part.setup, hypers, update=update, **start)
+
+    def init_extra(core, hypers):
+        return jnp.zeros((len(_HISTOGRAM), _CELLS))
+
+    algorithm = on_policy.make("ppo", part.env, part.setup, hypers, update=update, init_extra=init_extra)
     schedule = training.make_schedule(algorithm, inner_env_steps, num_evals=0)
     hypers = training.with_horizon(algorithm.hypers.replace(objective=params), schedule.env_steps)
 

@@ -84,7 +84,7 @@ def _mean(cell: np.ndarray, x: np.ndarray, num: int) -> np.ndarray:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("rule", help="name or file of a rule")
     parser.add_argument("--level", default="dense", choices=["dense", "sparse", "long", "longer", "long_dense"])
     parser.add_argument("--updates", type=int, default=250, help="length of the agent's life")
