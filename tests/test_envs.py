@@ -411,7 +411,7 @@ class TestNames:
             ("gymnax/CartPol-v1", {}, "did you mean CartPole-v1"),
             ("CartPole-v1", {}, "did you mean gymnax/CartPole-v1"),
             ("brax/hoper", {}, "did you mean hopper"),
-            ("foo/bar", {}, "known libraries are brax, gymnax"),
+            ("foo/bar", {}, "known libraries are brax, grid, gymnax"),
             ("gymnax/CartPole-v1", {"reset_mod": "pool"}, "'reset_mod' is unknown .* did you mean reset_mode"),
             ("gymnax/CartPole-v1", {"reset_mode": "pol"}, "reset_mode = 'pol' .* did you mean pool"),
             ("gymnax/CartPole-v1", {"episode_length": 0}, "episode_length = 0"),
