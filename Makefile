@@ -21,7 +21,7 @@ demo: $(READY)
 
 # Two processes: each grows to some gigabytes of compiled programs.
 test: $(READY)
-	$(PY) -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m "not slow"
+	$(PY) -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m "not slow" --durations=40
 
 test-all: $(READY)
 	$(PY) -m pytest -n 2 --dist loadfile --no-loadscope-reorder

@@ -104,7 +104,7 @@ def test_where_the_index_is_one_the_cost_is_log_pi_above_the_floor(float64):
         np.testing.assert_array_equal(slope, 0)
 
 
-@pytest.mark.parametrize("continuous", [True, False])
+@pytest.mark.parametrize("continuous", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_where_divergence_and_entropy_cost_alike_it_is_sac_step_by_step(continuous):
     """c = λ, with a state value and the first Q: what the preset ``sac_v1_fixed_alpha`` is."""
     env, common = Probe("responding", continuous), dict(critic="v", actor_value="first", hidden_sizes=(8,))

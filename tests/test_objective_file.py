@@ -118,6 +118,7 @@ def test_a_run_outside_the_range_says_so(capsys):
         assert ("meta-trained on" in capsys.readouterr().out) == says
 
 
+@pytest.mark.slow
 def test_pictures(weights, tmp_path):
     assert learned_pictures.draw(f"lpo:{weights()}", tmp_path / "a.png") == [tmp_path / "a.png"]
     files = learned_pictures.draw(f"lpo:{weights('ta', temporal=True)}", tmp_path / "b.png")

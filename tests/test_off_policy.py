@@ -256,7 +256,7 @@ def test_a_resumed_run_ends_bit_for_bit_alike(tmp_path, name):
 @pytest.mark.parametrize(
     ("free", "said", "copies"),
     # Ten million transitions of 33 bytes: known before anything is compiled; and with their copy on the way to the disk.
-    [(200, "the state of one lane alone needs", (1, 1.1)), (400, "one lane needs", (2, 4))],
+    [(200, "the state of one lane alone needs", (1, 1.1)), pytest.param(400, "one lane needs", (2, 4), marks=pytest.mark.slow)],
 )
 def test_too_little_memory_names_the_buffer(tmp_path, monkeypatch, free, said, copies):
     spec = RunSpec(**{**SPEC, "setup": {**SPEC["setup"], "buffer_size": 10_000_000}})
