@@ -114,7 +114,10 @@ class Reference:
 def agent_and_rule(inner):
     level = inner.env.default_params
     agent = meta.new_agent(inner, jax.random.key(0), level, 1000.0)
-    big = lambda tree: jax.tree.map(lambda x: 20 * x, tree)  # noqa: E731
+
+    def big(tree):
+        return jax.tree.map(lambda x: 20 * x, tree)
+
     learner = agent.state.learner
     agent = agent.replace(
         state=agent.state.replace(learner=learner.replace(params=big(learner.params))), critic=big(agent.critic)
