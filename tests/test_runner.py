@@ -79,7 +79,7 @@ class Killed(BaseException):
     """Stands for a kill: nothing of the run may catch it."""
 
 
-@pytest.mark.parametrize("env", ["probe", "mujoco"])
+@pytest.mark.parametrize("env", ["probe", pytest.param("mujoco", marks=pytest.mark.slow)])
 def test_a_run_killed_again_and_again_ends_in_the_same_bits(tmp_path, env, algorithm, monkeypatch):
     """On C MuJoCo too, whose physics is float64 and lives outside JAX."""
     if env == "mujoco":

@@ -120,7 +120,7 @@ def test_each_generation_is_one_program_and_a_rung_lets_the_best_go_on(tmp_path,
     assert best["value"] == max(value for _, state, _, value in trials if state == "COMPLETE") and best["trials"] == 18
 
 
-@pytest.mark.parametrize("after", range(6))
+@pytest.mark.parametrize("after", [n if n in (0, 3) else pytest.param(n, marks=pytest.mark.slow) for n in range(6)])
 def test_a_search_that_was_stopped_goes_on_to_the_same_trials(tmp_path, formula, after):
     file = write(tmp_path / "search.toml", "trials = 12\npopulation = 6\nrungs = 2\neta = 2")
     assert run(file, tmp_path / "whole")

@@ -102,6 +102,7 @@ def test_ctrl_c_ends_at_a_checkpoint_and_says_how_to_go_on(tmp_path):
     assert not workers_of(out)
 
 
+@pytest.mark.slow
 def test_a_ray_worker_that_is_killed_costs_no_more_than_its_last_seconds(tmp_path):
     """A real local cluster of two workers, each with a group; one is killed once it has a checkpoint."""
     pytest.importorskip("ray")

@@ -226,6 +226,7 @@ def test_clocks_that_disagree_change_nothing(tmp_path, inline, monkeypatch):
     assert len(events(out, "started")) == 1 and len(events(out, "resumed")) == 1
 
 
+@pytest.mark.slow
 def test_ten_thousand_finished_cells(tmp_path):
     """Every cell has one small file that says it all; no table is opened."""
     rates = np.geomspace(1e-5, 1e-1, 10_000).tolist()
