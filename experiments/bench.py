@@ -175,6 +175,30 @@ def _incremental(repeats, say):
     return figures
 
 
+def _replay(repeats, say):
+    """An environment step of SAC with its gradient step on Pendulum, by the capacity of its replay buffer."""
+    env = pgjax.make_env("gymnax/Pendulum-v1")
+    figures = {}
+    # Small networks too, so that what the buffer costs is not hidden behind them.
+    for hidden, batch_size, steps in ((256, 256, 500), (32, 64, 4000)):
+        setup = {"hidden_sizes": (hidden, hidden), "batch_size": batch_size, "warmup_steps": batch_size}
+        programs, compile_seconds = {}, {}
+        for capacity in (10_000, 100_000, 1_000_000):
+            algorithm = pgjax.make("sac", env, buffer_size=capacity, **setup)
+            iterations = steps // algorithm.env_steps_per_iteration
+            programs[capacity], compile_seconds[capacity] = _lane_program(algorithm, 1, 1, iterations)
+        medians = _medians(programs, repeats)
+        for capacity, seconds in medians.items():
+            figure = {"microseconds_per_step": 1e6 * seconds / steps, "ratio": seconds / medians[10_000]}
+            figure["compile_seconds"] = compile_seconds[capacity]
+            figures[f"2 x {hidden} units, capacity {capacity}"] = figure
+            say(
+                f"  2 x {hidden:>3} units, capacity {capacity:>9,}  {figure['microseconds_per_step']:8.1f} µs per step  "
+                f"{figure['ratio']:5.2f} x  compiled in {compile_seconds[capacity]:4.1f} s"
+            )
+    return figures
+
+
 def _meta(repeats, say):
     """A generation of LPO's meta-training on CartPole, by population, beside as many lanes of plain PPO."""
     inner = meta_lpo.inner_algorithm("gymnax/CartPole-v1")
@@ -343,6 +367,7 @@ PARTS: dict[str, Callable[[int, Callable[[str], None]], Any]] = {
     "ppo": _ppo,
     "family": _family,
     "incremental": _incremental,
+    "replay": _replay,
     "meta": _meta,
     "time": _time,
     "startup": _startup,
