@@ -8,17 +8,17 @@ import dataclasses
 
 import jax
 
-from pgjax import incremental
-from pgjax.incremental import descend_both, diagnostics, scale_td, value_target
-from pgjax.incremental_networks import make_incremental_networks
 from pgjax.networks import ActorCritic
+from pgjax.stepwise import incremental
+from pgjax.stepwise.incremental import descend_both, diagnostics, scale_td, value_target
+from pgjax.stepwise.incremental_networks import make_incremental_networks
 
 DEFINING = incremental.DEFINING
 
 
 @dataclasses.dataclass(frozen=True)
 class Setup(incremental.Setup):
-    """See ``pgjax.incremental.Setup``; with one or more normalisations switched off it is one of the paper's ablations."""
+    """See ``pgjax.stepwise.incremental.Setup``; with normalisations switched off it is one of the paper's ablations."""
 
 
 class Hypers(incremental.Hypers):

@@ -12,10 +12,10 @@ import jax
 import jax.numpy as jnp
 
 from pgjax import on_policy
-from pgjax.duals import init_duals, step_duals
 from pgjax.errors import RequestError
 from pgjax.networks import ActorCritic
 from pgjax.optimizers import clip_gradient, descend
+from pgjax.solvers.duals import init_duals, step_duals
 from pgjax.updates import minibatch_sgd, plug, scheduled_learning_rate
 
 # Advantages in the rewards' own unit, for β is in it; the critic's scale is kept by value normalisation instead.

@@ -9,10 +9,10 @@ from typing import Literal
 
 import jax
 
-from pgjax import incremental
-from pgjax.incremental import descend_both, diagnostics, scale_td, value_target
-from pgjax.incremental_networks import IncrementalNetworks, make_incremental_networks
 from pgjax.networks import ActorCritic
+from pgjax.stepwise import incremental
+from pgjax.stepwise.incremental import descend_both, diagnostics, scale_td, value_target
+from pgjax.stepwise.incremental_networks import IncrementalNetworks, make_incremental_networks
 
 DEFINING = incremental.DEFINING
 

@@ -20,10 +20,11 @@ import numpy as np
 import optax
 from flax import struct
 
-from pgjax import learned_files, metrics, on_policy
+from pgjax import metrics, on_policy
 from pgjax.distributions import Categorical
 from pgjax.errors import RequestError
-from pgjax.learned_rule import RuleInputs, RuleSpec, apply_rule, read_convention
+from pgjax.learned import files as learned_files
+from pgjax.learned.rule import RuleInputs, RuleSpec, apply_rule, read_convention
 from pgjax.networks import ACTIVATIONS, ActorCritic, Torso, choose, draw_kernels, layer_sizes, resolve_torso
 from pgjax.spaces import Discrete
 from pgjax.types import Algorithm, PyTree
@@ -317,7 +318,7 @@ def entropy_of(log_prob: jax.Array) -> jax.Array:
 def make(env, setup: Setup = Setup(), hypers: Hypers = Hypers(), *, rule=None):  # noqa: B008
     """An agent on ``env`` that learns by a rule; discrete actions only.
 
-    Args: rule: a name such as ``lpg:default``, a file, or a ``pgjax.learned_files.Learned`` of kind ``lpg``. Its parameters
+    Args: rule: a name such as ``lpg:default``, a file, or a ``pgjax.learned.files.Learned`` of kind ``lpg``. Its parameters
       become ``hypers.rule`` unless there are some already; its convention fixes the rest.
     Raises: RequestError naming the field, the value and the remedy.
     """

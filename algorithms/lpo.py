@@ -13,10 +13,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pgjax import learned_files
 from pgjax.algorithms import ppo
 from pgjax.algorithms.ppo import Hypers, Setup
 from pgjax.errors import RequestError, close_names
+from pgjax.learned import files as learned_files
 from pgjax.types import Objective, PyTree
 
 __all__ = ["DEFINING", "Convention", "Hypers", "Setup", "drift", "features", "init_params", "make", "objective", "surrogate"]

@@ -11,11 +11,11 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 
-from pgjax import off_policy
 from pgjax.distributions import Categorical
 from pgjax.errors import RequestError
 from pgjax.on_policy import check_counts
-from pgjax.soft_critic import Actions, soft_update
+from pgjax.stepwise import off_policy
+from pgjax.stepwise.soft_critic import Actions, soft_update
 
 DEFINING = ()
 
@@ -99,7 +99,7 @@ def init_extra(core, hypers, params) -> Older:
 
 
 def update(core, key, learner, batch, hypers):
-    """One gradient step on a minibatch: critics, actor, target copies, older copy; see ``pgjax.off_policy.make``."""
+    """One gradient step on a minibatch: critics, actor, target copies, older copy; see ``pgjax.stepwise.off_policy.make``."""
     index, older = core.setup.tsallis_index, learner.extra
     dist_old = core.networks.policy(older.actor, batch.obs)
 
@@ -122,7 +122,7 @@ def update(core, key, learner, batch, hypers):
 
 
 def make(env, setup: Setup = Setup(), hypers: Hypers = Hypers(), *, networks=None):  # noqa: B008
-    """Off-policy MDPO on ``env``. ``networks`` replaces the built ones: a ``pgjax.soft_networks.SoftNetworks``."""
+    """Off-policy MDPO on ``env``. ``networks`` replaces the built ones: a ``pgjax.stepwise.soft_networks.SoftNetworks``."""
     check_counts(setup, ("copy_period",))
     if not 1 <= setup.tsallis_index <= 2:
         raise RequestError(f"setup.tsallis_index = {setup.tsallis_index} is outside of [1, 2]; 1 is the KL")

@@ -12,10 +12,10 @@ from typing import Literal
 import jax
 import jax.numpy as jnp
 
-from pgjax import off_policy
-from pgjax.duals import init_duals, step_duals
-from pgjax.soft_critic import draw_actions, expect, log_prob, soft_update
+from pgjax.solvers.duals import init_duals, step_duals
 from pgjax.spaces import Discrete
+from pgjax.stepwise import off_policy
+from pgjax.stepwise.soft_critic import draw_actions, expect, log_prob, soft_update
 
 # Its loop has no passes over a batch; what it shares with other methods defines none of it.
 DEFINING = ()
@@ -68,7 +68,7 @@ def init_extra(core, hypers, params):
 
 
 def update(core, key, learner, batch, hypers):
-    """One gradient step on a minibatch: critics, actor, temperature, target copies; see ``pgjax.off_policy.make``."""
+    """One gradient step on a minibatch: critics, actor, temperature, target copies; see ``pgjax.stepwise.off_policy.make``."""
     learns_temperature = learner.extra is not None
     key_step, key_temperature = jax.random.split(key) if learns_temperature else (key, key)
     alpha = jnp.exp(learner.extra["log_temperature"]) if learns_temperature else hypers.temperature
@@ -94,5 +94,5 @@ def update(core, key, learner, batch, hypers):
 
 
 def make(env, setup: Setup = Setup(), hypers: Hypers = Hypers(), *, networks=None):  # noqa: B008
-    """SAC on ``env``. ``networks`` replaces the built ones: a ``pgjax.soft_networks.SoftNetworks``."""
+    """SAC on ``env``. ``networks`` replaces the built ones: a ``pgjax.stepwise.soft_networks.SoftNetworks``."""
     return off_policy.make("sac", env, setup, hypers, update=update, init_extra=init_extra, networks=networks)

@@ -11,20 +11,20 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from pgjax import incremental
 from pgjax.algorithms.avg import avg_policy_loss
 from pgjax.algorithms.sac import temperature_loss
-from pgjax.incremental import descend, diagnostics, scale_td, value_target
-from pgjax.incremental_networks import IncrementalNetworks, make_incremental_networks
 from pgjax.networks import ActorCritic
-from pgjax.soft_critic import polyak
+from pgjax.stepwise import incremental
+from pgjax.stepwise.incremental import descend, diagnostics, scale_td, value_target
+from pgjax.stepwise.incremental_networks import IncrementalNetworks, make_incremental_networks
+from pgjax.stepwise.soft_critic import polyak
 
 DEFINING = incremental.DEFINING
 
 
 @dataclasses.dataclass(frozen=True)
 class Setup(incremental.Setup):
-    """See ``pgjax.incremental.Setup``; without the normalisations of AVG by default."""
+    """See ``pgjax.stepwise.incremental.Setup``; without the normalisations of AVG by default."""
 
     normalize_obs: bool = False
     penultimate_norm: bool = False

@@ -10,12 +10,12 @@ from typing import Literal
 import jax
 import jax.numpy as jnp
 
-from pgjax import incremental
-from pgjax.incremental import descend, diagnostics, scale_td, value_target
-from pgjax.incremental_networks import IncrementalNetworks, make_incremental_networks
 from pgjax.networks import ActorCritic
 from pgjax.on_policy import check_counts
-from pgjax.soft_critic import polyak
+from pgjax.stepwise import incremental
+from pgjax.stepwise.incremental import descend, diagnostics, scale_td, value_target
+from pgjax.stepwise.incremental_networks import IncrementalNetworks, make_incremental_networks
+from pgjax.stepwise.soft_critic import polyak
 
 DEFINING = incremental.DEFINING
 

@@ -12,9 +12,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pgjax import on_policy, second_order
+from pgjax import on_policy
 from pgjax.errors import RequestError
 from pgjax.networks import ActorCritic
+from pgjax.solvers import second_order
 from pgjax.updates import fit_value, flat, masked_mean, normalize_advantage, plug, sample_of, samples_of
 
 # The step is taken once, on the whole batch; the learning rate is the critic's.
@@ -26,7 +27,7 @@ class Setup(on_policy.Setup):
     """num_minibatches: 1 is the paper's; more take that many steps one after the other, each on its part of the batch.
 
     cg_iterations: of conjugate gradient.  fisher_stride: one of so many samples enters the Fisher information.
-    fisher_form: see ``pgjax.second_order.fisher_operator``.
+    fisher_form: see ``pgjax.solvers.second_order.fisher_operator``.
     line_search_iterations: trials; with ``line_search`` False the full step is taken, which is the natural policy gradient.
     on_failure: what stays when no trial is accepted: the old policy, or (public code) the last trial.
     kl_over_actions: ``sum`` over action dimensions, or (public code) their ``mean``, which bounds less.

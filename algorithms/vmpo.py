@@ -13,7 +13,7 @@ import jax.numpy as jnp
 
 from pgjax import on_policy
 from pgjax.distributions import Categorical
-from pgjax.duals import init_duals, step_duals
+from pgjax.solvers.duals import init_duals, step_duals
 from pgjax.spaces import Discrete
 from pgjax.updates import masked_mean, minibatch_sgd, plug
 

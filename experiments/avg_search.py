@@ -13,7 +13,7 @@ import pandas as pd
 
 import pgjax
 from pgjax.errors import RequestError
-from pgjax.runner import RunSpec
+from pgjax.host.runner import RunSpec
 
 # What the draw of the entropy's coefficient sets in each method.
 _THIRD = {"avg": "alpha", "iac": "alpha", "sac1": "temperature_lr"}
@@ -86,7 +86,7 @@ def ranking(path: Path, search_seeds: range) -> pd.DataFrame:
 
 
 def main() -> None:
-    from pgjax import lanes
+    from pgjax.host import lanes
 
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--env", required=True)

@@ -21,13 +21,13 @@ import jax.numpy as jnp
 
 import pgjax
 from pgjax import algorithms, on_policy, training
-from pgjax import lanes as lanes_
 from pgjax.errors import RequestError, close_names
 from pgjax.experiments.env_speed import random_actions
 from pgjax.experiments.meta_train import lpo as meta_lpo
 from pgjax.experiments.meta_train.loop import placement
 from pgjax.experiments.plain_ppo import plain_ppo
 from pgjax.experiments.shared_settings import differences, settle
+from pgjax.host import lanes as lanes_
 
 # The setting of the public single-file implementations on CartPole.
 _SETUP = {"num_envs": 4, "num_steps": 128, "num_epochs": 4, "num_minibatches": 4, "hidden_sizes": (64, 64)}
@@ -184,18 +184,16 @@ def _replay(repeats, say):
         setup = {"hidden_sizes": (hidden, hidden), "batch_size": batch_size, "warmup_steps": batch_size}
         programs, compile_seconds = {}, {}
         for capacity in (10_000, 100_000, 1_000_000):
+            name = f"2 x {hidden} units, capacity {capacity:,}"
             algorithm = pgjax.make("sac", env, buffer_size=capacity, **setup)
             iterations = steps // algorithm.env_steps_per_iteration
-            programs[capacity], compile_seconds[capacity] = _lane_program(algorithm, 1, 1, iterations)
+            programs[name], compile_seconds[name] = _lane_program(algorithm, 1, 1, iterations)
         medians = _medians(programs, repeats)
-        for capacity, seconds in medians.items():
-            figure = {"microseconds_per_step": 1e6 * seconds / steps, "ratio": seconds / medians[10_000]}
-            figure["compile_seconds"] = compile_seconds[capacity]
-            figures[f"2 x {hidden} units, capacity {capacity}"] = figure
-            say(
-                f"  2 x {hidden:>3} units, capacity {capacity:>9,}  {figure['microseconds_per_step']:8.1f} µs per step  "
-                f"{figure['ratio']:5.2f} x  compiled in {compile_seconds[capacity]:4.1f} s"
-            )
+        smallest = medians[next(iter(programs))]
+        for name, seconds in medians.items():
+            microseconds, ratio = 1e6 * seconds / steps, seconds / smallest
+            figures[name] = {"microseconds_per_step": microseconds, "ratio": ratio, "compile_seconds": compile_seconds[name]}
+            say(f"  {name:<34} {microseconds:>8.1f} µs per step  {ratio:5.2f} x  compiled in {compile_seconds[name]:4.1f} s")
     return figures
 
 
@@ -296,8 +294,8 @@ def _startup(repeats, say):
     """CartPole from process start to the first finished iteration, without and with programs from earlier runs."""
     code = (
         "import sys, time; started = float(sys.argv[1])\n"
-        "from pgjax import lanes; lanes.use_host_devices(); lanes.use_compilation_cache()\n"
-        "import pgjax; from pgjax.runner import RunSpec, run\n"
+        "from pgjax.host import lanes; lanes.use_host_devices(); lanes.use_compilation_cache()\n"
+        "import pgjax; from pgjax.host.runner import RunSpec, run\n"
         "spec = RunSpec('ppo', 'gymnax/CartPole-v1', 50_000, setup={'num_envs': 4}, log_every=1, num_evals=0)\n"
         "class Stop(Exception): pass\n"
         "def report(event):\n"
@@ -342,7 +340,7 @@ def memory_of_run(**fields) -> tuple[int, int]:
     """Predicted and actual peak resident memory, in bytes, of a process that trains PPO; ``fields`` are those of RunSpec."""
     code = (
         "import json, sys; fields, folder = json.loads(sys.argv[1]), sys.argv[2]\n"
-        "from pgjax import lanes; lanes.use_host_devices(); lanes.use_compilation_cache()\n"
+        "from pgjax.host import lanes; lanes.use_host_devices(); lanes.use_compilation_cache()\n"
         "import pgjax; spec = pgjax.RunSpec('ppo', **fields)\n"
         "def report(event):\n"
         "    if event.kind == 'compiled': print(event.data['peak_bytes'])\n"

@@ -25,8 +25,6 @@ import pandas as pd
 import pgjax
 from pgjax import algorithms
 from pgjax.algorithms import lpo
-from pgjax.checkpoints import disk_errors, from_json, to_json, write_file
-from pgjax.display import Display
 from pgjax.errors import RequestError
 from pgjax.experiments import presets
 from pgjax.experiments.objective_file import is_learned, load_objective, pinned, split_hash
@@ -42,8 +40,10 @@ from pgjax.experiments.shared_settings import (
     show,
 )
 from pgjax.experiments.statistics import iqm, iqm_interval
-from pgjax.runner import DEFAULT_EPISODES, OTHER_EPISODES, RunSpec, describe_env, run, with_params
-from pgjax.store import LoadedRun, RunStore, read_run
+from pgjax.host.checkpoints import disk_errors, from_json, to_json, write_file
+from pgjax.host.display import Display
+from pgjax.host.runner import DEFAULT_EPISODES, OTHER_EPISODES, RunSpec, describe_env, run, with_params
+from pgjax.host.store import LoadedRun, RunStore, read_run
 from pgjax.types import Algorithm, Environment
 
 FORMAT, VERSION = "pgjax-comparison", 1

@@ -5,13 +5,13 @@ import sys
 import time
 from pathlib import Path
 
-from pgjax import lanes
-from pgjax.display import Display
 from pgjax.experiments import presets
 from pgjax.experiments.plots import plot_runs
 from pgjax.experiments.statistics import iqm, iqm_interval
-from pgjax.runner import RunSpec, run
-from pgjax.store import RunStore, load
+from pgjax.host import lanes
+from pgjax.host.display import Display
+from pgjax.host.runner import RunSpec, run
+from pgjax.host.store import RunStore, load
 
 FOLDER = Path("runs/demo")
 # Environment, number of seeds, environment steps of each: what two cores do in a few minutes.

@@ -8,12 +8,12 @@ import numpy as np
 import pandas as pd
 
 import pgjax
-from pgjax import lanes as lanes_
 from pgjax.errors import RequestError
 from pgjax.evaluation import evaluate
 from pgjax.experiments.statistics import iqm, iqm_interval
-from pgjax.runner import RunSpec, policies_of, with_params
-from pgjax.store import read_run
+from pgjax.host import lanes as lanes_
+from pgjax.host.runner import RunSpec, policies_of, with_params
+from pgjax.host.store import read_run
 from pgjax.types import Algorithm, PyTree
 
 

@@ -15,10 +15,10 @@ import jax.numpy as jnp
 import numpy as np
 import tyro
 
-from pgjax import learned_files
 from pgjax.algorithms import dpo, lpo, ppo, spo
 from pgjax.errors import RequestError
 from pgjax.experiments.plots import pyplot, save
+from pgjax.learned import files as learned_files
 
 Surrogate = Callable[[jax.Array, jax.Array], jax.Array]
 """``(log_ratio [N], advantage [N]) -> objective [N]``."""

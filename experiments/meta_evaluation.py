@@ -16,8 +16,8 @@ from pathlib import Path
 import numpy as np
 import tyro
 
-from pgjax import lanes
 from pgjax.errors import RequestError
+from pgjax.host import lanes
 
 
 @dataclasses.dataclass

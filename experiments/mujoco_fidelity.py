@@ -22,9 +22,9 @@ from pgjax.envs.mjx_tools import quiet_loading
 from pgjax.envs.mujoco.tasks import TASKS
 from pgjax.errors import RequestError
 from pgjax.experiments.evaluate_run import evaluate_run, lanes_of
-from pgjax.lanes import use_compilation_cache
-from pgjax.runner import RunSpec
-from pgjax.store import read_run
+from pgjax.host.lanes import use_compilation_cache
+from pgjax.host.runner import RunSpec
+from pgjax.host.store import read_run
 
 mujoco: Any = _mujoco  # a compiled module without type information
 

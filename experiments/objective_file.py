@@ -9,8 +9,8 @@ import runpy
 from pathlib import Path
 from typing import Any
 
-from pgjax import learned_files
 from pgjax.errors import RequestError
+from pgjax.learned import files as learned_files
 
 _LEARNED = "lpo:"
 _HASH_DIGITS = 12

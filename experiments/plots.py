@@ -11,8 +11,8 @@ import pandas as pd
 import pgjax
 from pgjax.errors import RequestError
 from pgjax.experiments.statistics import iqm, iqm_interval
+from pgjax.host.store import LoadedRun
 from pgjax.metrics import reduction
-from pgjax.store import LoadedRun
 
 # Colour-blind safe (Okabe and Ito 2008, then Tol's muted scheme), dark enough on white.
 COLORS = (

@@ -11,9 +11,9 @@ import numpy as np
 import pandas as pd
 
 import pgjax
-from pgjax.checkpoints import from_json, to_json
 from pgjax.experiments.plots import finite_seeds
-from pgjax.store import LoadedRun
+from pgjax.host.checkpoints import from_json, to_json
+from pgjax.host.store import LoadedRun
 
 POLICIES = ("mode", "sample")
 

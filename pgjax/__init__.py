@@ -36,15 +36,15 @@ _PUBLIC = {
     "from_brax": "pgjax.envs.brax",
     "from_playground": "pgjax.envs.playground",
     "change_params": "pgjax.envs.params",
-    "check_env": "pgjax.env_checks",
-    "check_drift": "pgjax.mirror_learning",
+    "check_env": "pgjax.checks.environment",
+    "check_drift": "pgjax.checks.mirror_learning",
     "make": "pgjax.algorithms",
     "make_train": "pgjax.training",
     "evaluate": "pgjax.evaluation",
-    "RunSpec": "pgjax.runner",
-    "run": "pgjax.runner",
-    "RunStore": "pgjax.store",
-    "load": "pgjax.store",
+    "RunSpec": "pgjax.host.runner",
+    "run": "pgjax.host.runner",
+    "RunStore": "pgjax.host.store",
+    "load": "pgjax.host.store",
 }
 __all__ = sorted([*_PUBLIC, "__version__"])  # pyright: ignore[reportUnsupportedDunderAll]
 

@@ -9,13 +9,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pgjax import off_policy
 from pgjax.distributions import Categorical, TanhGaussian
 from pgjax.networks import ActorCritic
 from pgjax.optimizers import adam
-from pgjax.replay import Transition
-from pgjax.soft_networks import SoftNetworks, ravelled
 from pgjax.spaces import Box, Discrete
+from pgjax.stepwise import off_policy
+from pgjax.stepwise.replay import Transition
+from pgjax.stepwise.soft_networks import SoftNetworks, ravelled
 
 O, A, N = 2, 2, 7
 NUM_ACTIONS = 3

@@ -18,8 +18,9 @@ from dying import Disk, Killed
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pgjax import checkpoints
-from pgjax.checkpoints import (
+from pgjax.errors import RequestError, RunError
+from pgjax.host import checkpoints
+from pgjax.host.checkpoints import (
     PACK_BYTES,
     CorruptCheckpoint,
     from_json,
@@ -29,7 +30,6 @@ from pgjax.checkpoints import (
     save_checkpoint,
     to_json,
 )
-from pgjax.errors import RequestError, RunError
 
 
 class Moments(NamedTuple):
@@ -127,7 +127,7 @@ class TestRoundTrip:
         script = """
 import sys, jax, numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
-from pgjax.checkpoints import load_checkpoint, save_checkpoint
+from pgjax.host.checkpoints import load_checkpoint, save_checkpoint
 assert len(jax.devices()) == 2
 lanes = NamedSharding(Mesh(np.array(jax.devices()), ("lanes",)), PartitionSpec("lanes"))
 like = {"x": jax.ShapeDtypeStruct((4, 2), "float32", sharding=lanes),
@@ -313,7 +313,7 @@ class TestFullDisk:
     def test_a_really_full_disk(self, tmp_path):
         script = """
 import numpy as np, os, sys
-from pgjax.checkpoints import *
+from pgjax.host.checkpoints import *
 from pgjax.errors import RunError
 small, big = ({"x": np.random.default_rng(0).bytes(n)} for n in (1000, 3_000_000))
 small, big = ({"x": np.frombuffer(t["x"], np.uint8)} for t in (small, big))

@@ -11,13 +11,14 @@ import jax
 import pytest
 
 import pgjax
-from pgjax import cli, learned_files
+from pgjax import cli
 from pgjax.algorithms import list_algorithms
 from pgjax.errors import RequestError
 from pgjax.experiments import presets
-from pgjax.learned_files import Learned
-from pgjax.learned_rule import RuleSpec, convention_of, init_rule
-from pgjax.runner import RunSpec
+from pgjax.host.runner import RunSpec
+from pgjax.learned import files as learned_files
+from pgjax.learned.files import Learned
+from pgjax.learned.rule import RuleSpec, convention_of, init_rule
 
 ROOT = Path(__file__).resolve().parent.parent
 CARTPOLE = ["train", "ppo", "--env", "gymnax/CartPole-v1"]
@@ -123,8 +124,8 @@ def test_extending_a_finished_run(answer, capsys, finished, tmp_path):
 
 
 def test_a_damaged_checkpoint_is_passed_over_or_refused(answer, finished, tmp_path):
-    from pgjax import checkpoints
-    from pgjax.store import RunStore
+    from pgjax.host import checkpoints
+    from pgjax.host.store import RunStore
 
     folder = tmp_path / "damaged"
     shutil.copytree(finished, folder)

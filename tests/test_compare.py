@@ -22,7 +22,7 @@ from pgjax.experiments import presets
 from pgjax.experiments.compare import Request, common_budget, make_env, make_plan
 from pgjax.experiments.family_table import family_table
 from pgjax.experiments.shared_settings import DEFINES, MISSING, OWN, defining, read_value, shared_fields
-from pgjax.runner import policies_of
+from pgjax.host.runner import policies_of
 
 ENV = "gymnax/CartPole-v1"
 SETUP = ["--setup", "num_envs=4", "num_steps=16", "hidden_sizes=8"]

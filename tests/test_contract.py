@@ -12,11 +12,11 @@ from probe_envs import Probe
 import pgjax
 from pgjax import on_policy
 from pgjax.algorithms import get, list_algorithms, make, ppo
-from pgjax.checkpoints import load_checkpoint, save_checkpoint
 from pgjax.distributions import DiagGaussian
 from pgjax.errors import RequestError
-from pgjax.learned_files import Learned
-from pgjax.learned_rule import RuleSpec, convention_of, init_rule
+from pgjax.host.checkpoints import load_checkpoint, save_checkpoint
+from pgjax.learned.files import Learned
+from pgjax.learned.rule import RuleSpec, convention_of, init_rule
 from pgjax.networks import ActorCritic, Networks
 from pgjax.training import with_horizon
 from pgjax.types import Algorithm

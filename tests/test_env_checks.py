@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import pytest
 from probe_envs import PROBES, Probe
 
-from pgjax.env_checks import check_env
+from pgjax.checks.environment import check_env
 from pgjax.spaces import Box, Discrete
 from pgjax.types import Environment, TimeStep
 

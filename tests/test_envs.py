@@ -15,7 +15,7 @@ import pytest
 from toy_envs import LIMIT, BraxToy, GymnaxToy
 
 import pgjax.envs
-from pgjax.env_checks import check_env
+from pgjax.checks.environment import check_env
 from pgjax.envs import change_params, from_brax, from_gymnax, list_envs, make_env, register
 from pgjax.envs.auto_reset import AutoReset
 from pgjax.errors import RequestError

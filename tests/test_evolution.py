@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 import pgjax
-from pgjax import evolution
+from pgjax.learned import evolution
 
 TEMPLATE = {"a": jnp.zeros((2, 3)), "b": jnp.zeros(4)}
 

@@ -11,8 +11,8 @@ from synthetic import A, B, N, O, T
 from pgjax import updates
 from pgjax.algorithms import fixpo, ppo, ppo_kl
 from pgjax.distributions import DiagGaussian
-from pgjax.duals import init_duals, step_duals
 from pgjax.errors import RequestError
+from pgjax.solvers.duals import init_duals, step_duals
 
 PARTS = 3
 POLICY = synthetic.random_policy()

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 import pgjax
-from pgjax.env_checks import check_env
+from pgjax.checks.environment import check_env
 from pgjax.envs import grid_world, list_envs, make_env
 from pgjax.errors import RequestError
 

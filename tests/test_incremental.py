@@ -11,12 +11,13 @@ import pytest
 from incremental_replay import A, O, Observations, Replay, Track, ends, leaves_of, norm, to_float64
 from probe_envs import Probe
 
-from pgjax import incremental, normalizers
+from pgjax import normalizers
 from pgjax.algorithms import avg, get, iac, make
 from pgjax.errors import RequestError
-from pgjax.incremental_networks import make_incremental_networks
 from pgjax.spaces import Box
-from pgjax.td_scaling import init_td_scale, update_td_scale
+from pgjax.stepwise import incremental
+from pgjax.stepwise.incremental_networks import make_incremental_networks
+from pgjax.stepwise.td_scaling import init_td_scale, update_td_scale
 from pgjax.types import TimeStep
 
 ENV = Track()

@@ -4,8 +4,8 @@ from types import SimpleNamespace
 
 import pytest
 
-from pgjax import lanes
 from pgjax.experiments.bench import memory_of_run
+from pgjax.host import lanes
 
 CPU, GPU = SimpleNamespace(platform="cpu"), SimpleNamespace(platform="gpu")
 

@@ -5,9 +5,9 @@ import json
 import numpy as np
 import pytest
 
-from pgjax import learned_files
 from pgjax.errors import DamagedFile, RequestError
-from pgjax.learned_files import Learned
+from pgjax.learned import files as learned_files
+from pgjax.learned.files import Learned
 
 PARAMS = {"hidden": np.arange(16, dtype=np.float32).reshape(8, 2), "deeper": {"out": np.array([[0.5], [-1.5]], np.float32)}}
 LEARNED = Learned("lpo", PARAMS, {"form": "ppo", "xi": 1e-4, "feature_clip": None}, {"seeds": [0, 1], "worst": float("-inf")})

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 import pgjax
-from pgjax import cli, store
+from pgjax import cli
+from pgjax.host import store
 
 TRAIN = ["train", "ppo", "--env", "gymnax/CartPole-v1", "--seeds", "2", "--total-env-steps", "2000", "--num-evals", "3"]
 TRAIN += ["--setup.num-envs", "4", "--setup.num-steps", "25", "--preset", "none", "--eval-episodes", "2"]
@@ -17,9 +18,9 @@ TRAIN += ["--setup.num-envs", "4", "--setup.num-steps", "25", "--preset", "none"
 @pytest.fixture
 def log(tmp_path, monkeypatch):
     """Trains with a logger, with a crash before the third checkpoint and a resumption, and gives the run's folder."""
-    monkeypatch.setattr(pgjax.runner, "CHECKPOINT_SECONDS", 0)
-    monkeypatch.setattr(pgjax.runner, "CHECKPOINT_SHARE", 1e9)
-    monkeypatch.setattr(pgjax.runner, "CHUNK_SECONDS", 1e-6)
+    monkeypatch.setattr(pgjax.host.runner, "CHECKPOINT_SECONDS", 0)
+    monkeypatch.setattr(pgjax.host.runner, "CHECKPOINT_SHARE", 1e9)
+    monkeypatch.setattr(pgjax.host.runner, "CHUNK_SECONDS", 1e-6)
     monkeypatch.setenv("WANDB_MODE", "offline")
     monkeypatch.setenv("WANDB_SILENT", "true")
     commit, commits = store.RunStore.commit, []

@@ -12,11 +12,12 @@ from jax.flatten_util import ravel_pytree
 from probe_envs import Probe
 
 import pgjax
-from pgjax import cli, learned_files
+from pgjax import cli
 from pgjax.algorithms import lpg, make
 from pgjax.errors import RequestError
-from pgjax.learned_files import Learned
-from pgjax.learned_rule import LOWERS, RuleInputs, RuleSpec, apply_rule, convention_of, init_rule, read_convention
+from pgjax.learned import files as learned_files
+from pgjax.learned.files import Learned
+from pgjax.learned.rule import LOWERS, RuleInputs, RuleSpec, apply_rule, convention_of, init_rule, read_convention
 from pgjax.spaces import Box
 
 T, B, M, O, A = 6, 3, 4, 5, 3

@@ -9,11 +9,12 @@ import pytest
 from probe_envs import Probe
 
 import pgjax
-from pgjax import evolution, learned_files
 from pgjax.algorithms import lpo, ppo
+from pgjax.checks.mirror_learning import check_drift
 from pgjax.errors import RequestError
-from pgjax.learned_files import Learned
-from pgjax.mirror_learning import check_drift
+from pgjax.learned import evolution
+from pgjax.learned import files as learned_files
+from pgjax.learned.files import Learned
 
 RATIO, ADVANTAGE = (x.ravel() for x in np.meshgrid(np.exp(np.linspace(-2, 2, 41)), np.linspace(-8, 8, 33)))
 LOG_RATIO = np.log(RATIO)

@@ -10,7 +10,7 @@ from soft_reference import A, N, Reference, gradient, problem
 from pgjax.algorithms import make, mdpo_off, sac
 from pgjax.distributions import Categorical, TanhGaussian
 from pgjax.errors import RequestError
-from pgjax.soft_critic import Actions, draw_actions, expect, log_prob
+from pgjax.stepwise.soft_critic import Actions, draw_actions, expect, log_prob
 
 # A large epsilon, so that Adam's first step tells how large a gradient was.
 HYPERS = mdpo_off.Hypers(learning_rate=0.1, critic_lr_scale=2.0, tau=0.3, temperature=0.4, kl_coef=1.5, adam_eps=1.0)

@@ -6,14 +6,15 @@ import numpy as np
 import pytest
 from jax.flatten_util import ravel_pytree
 
-from pgjax import checkpoints, learned_files
 from pgjax.algorithms import lpg, make
 from pgjax.envs import make_env
 from pgjax.errors import RequestError
 from pgjax.experiments.meta_train import get, groove, levels, loop, picture
 from pgjax.experiments.meta_train import lpg as meta
-from pgjax.learned_files import Learned
-from pgjax.learned_rule import RuleInputs, RuleSpec, apply_rule, convention_of, init_rule
+from pgjax.host import checkpoints
+from pgjax.learned import files as learned_files
+from pgjax.learned.files import Learned
+from pgjax.learned.rule import RuleInputs, RuleSpec, apply_rule, convention_of, init_rule
 
 T, B, S = 4, 3, 3
 SPEC = RuleSpec(num_predictions=3, hidden_size=4, embedding_size=3)

@@ -12,12 +12,14 @@ import pytest
 from probe_envs import Probe
 
 import pgjax
-from pgjax import cli, evolution, learned_files
+from pgjax import cli
 from pgjax.algorithms import lpo, ppo
-from pgjax.checkpoints import latest_checkpoints
 from pgjax.errors import RequestError
 from pgjax.experiments.meta_train import MetaTrainer, loop
 from pgjax.experiments.meta_train import lpo as meta_lpo
+from pgjax.host.checkpoints import latest_checkpoints
+from pgjax.learned import evolution
+from pgjax.learned import files as learned_files
 
 # --- the loop
 

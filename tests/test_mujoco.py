@@ -268,10 +268,10 @@ class TestTwoHostDevices:
         """Callbacks on large arrays hang inside a program that is sharded over two host devices."""
         code = """
             import sys, jax, pgjax
-            from pgjax.lanes import use_host_devices
+            from pgjax.host.lanes import use_host_devices
             use_host_devices(2)
             from pgjax.algorithms import a2c
-            from pgjax.lanes import choose_devices
+            from pgjax.host.lanes import choose_devices
             assert len(jax.devices()) == 2
             env = pgjax.make_env("mujoco/Ant-v5", episode_length=3)
             assert len(choose_devices(2, env.host_callback)) == 1

@@ -7,15 +7,15 @@ import numpy as np
 import pytest
 
 import pgjax
-from pgjax import learned_files
 from pgjax.algorithms import lpo
-from pgjax.display import Display
 from pgjax.errors import RequestError
 from pgjax.experiments import compare, learned_pictures, meta_evaluation, objective_file
 from pgjax.experiments.sweeps.folder import cell_of
 from pgjax.experiments.sweeps.sweep_file import specs_of
-from pgjax.learned_files import Learned
-from pgjax.runner import Event, RunSpec
+from pgjax.host.display import Display
+from pgjax.host.runner import Event, RunSpec
+from pgjax.learned import files as learned_files
+from pgjax.learned.files import Learned
 
 
 @pytest.fixture
@@ -107,7 +107,7 @@ def test_the_page_puts_returns_and_probabilities_together(monkeypatch, tmp_path)
 
 def test_a_run_outside_the_range_says_so(capsys):
     spec = RunSpec("ppo", "toy/Chain-7", 100)
-    result = pgjax.runner.RunResult("finished", "x", 100, [], dict.fromkeys(("compile", "train", "evaluate", "save"), 0.0))
+    result = pgjax.host.runner.RunResult("finished", "x", 100, [], dict.fromkeys(("compile", "train", "evaluate", "save"), 0.0))
     for share, says in ((0.004, False), (0.3, True), (None, False)):
         display = Display(spec, "again")
         rows = {"env_steps": np.array([[100]]), "episodes": np.array([[1.0]]), "episode_return": np.array([[1.0]])}

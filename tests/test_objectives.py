@@ -15,8 +15,8 @@ from jax.flatten_util import ravel_pytree
 
 from pgjax import on_policy, updates
 from pgjax.algorithms import a2c, dpo, fixpo, list_algorithms, mdpo, ppo, ppo_kl, reinforce, spo, trpo
+from pgjax.checks.mirror_learning import check_drift
 from pgjax.distributions import Categorical
-from pgjax.mirror_learning import check_drift
 from pgjax.networks import ActorCritic
 from pgjax.optimizers import init_opt_state
 from pgjax.spaces import Box, Discrete

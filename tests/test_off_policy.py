@@ -12,15 +12,17 @@ from scipy import stats
 from test_probe_learning import ACTION_PROBES, ASK, GAMMA, SEEDS, VALUE_PROBES, AnyProbe
 
 import pgjax
-from pgjax import lanes, make_train, off_policy
+from pgjax import make_train
 from pgjax.algorithms import make
 from pgjax.errors import RequestError, RunError
+from pgjax.host import lanes
+from pgjax.host.runner import RunSpec, run
+from pgjax.host.store import RunStore
 from pgjax.networks import draw_kernels
-from pgjax.replay import Replay, Transition
-from pgjax.runner import RunSpec, run
-from pgjax.soft_networks import make_soft_networks
 from pgjax.spaces import Box, Discrete
-from pgjax.store import RunStore
+from pgjax.stepwise import off_policy
+from pgjax.stepwise.replay import Replay, Transition
+from pgjax.stepwise.soft_networks import make_soft_networks
 from pgjax.types import TimeStep
 
 TINY = dict(num_steps=20, batch_size=4, warmup_steps=4, buffer_size=100, hidden_sizes=(4,))

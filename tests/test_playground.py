@@ -22,7 +22,7 @@ from mujoco_playground import MjxEnv, dm_control_suite
 from mujoco_playground import State as PlaygroundState
 from mujoco_playground.config import dm_control_suite_params
 
-from pgjax.env_checks import check_env
+from pgjax.checks.environment import check_env
 from pgjax.envs import change_params, from_playground, list_envs, make_env
 from pgjax.errors import RequestError
 from pgjax.experiments import presets

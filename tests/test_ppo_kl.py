@@ -8,10 +8,11 @@ import synthetic
 from probe_envs import Probe
 from synthetic import O
 
-from pgjax import second_order, updates
+from pgjax import updates
 from pgjax.algorithms import ppo, ppo_kl, trpo
 from pgjax.distributions import DiagGaussian
 from pgjax.networks import ActorCritic
+from pgjax.solvers import second_order
 from pgjax.types import Sample
 
 # What does not bear on the policy's step is switched off, so that the actor can be followed alone.

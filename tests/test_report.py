@@ -14,7 +14,6 @@ import pandas as pd
 import pytest
 from matplotlib import image
 
-from pgjax import store
 from pgjax.errors import RequestError
 from pgjax.experiments import reference_scores
 from pgjax.experiments.report import tables, write_report
@@ -22,8 +21,9 @@ from pgjax.experiments.report.figures import MAX_CURVES, FileNames, Styles, is_l
 from pgjax.experiments.report.study import iqm_intervals, make_study, text_of
 from pgjax.experiments.results import Result
 from pgjax.experiments.statistics import aggregates, iqm, iqm_interval
-from pgjax.runner import RunSpec
-from pgjax.store import RunStore
+from pgjax.host import store
+from pgjax.host.runner import RunSpec
+from pgjax.host.store import RunStore
 
 CARTPOLE, PENDULUM = "gymnax/CartPole-v1", "gymnax/Pendulum-v1"
 BAD = "<script>alert(1)</script>"

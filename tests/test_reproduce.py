@@ -13,7 +13,7 @@ from pgjax.experiments.reproduce import measured, paper_file, verdicts
 from pgjax.experiments.reproduce.measured import Measured, dump, load
 from pgjax.experiments.reproduce.paper_file import Claim, ClaimTest, Numbers, Paper, list_papers, read_paper
 from pgjax.experiments.results import Result
-from pgjax.runner import as_hypers
+from pgjax.host.runner import as_hypers
 
 ENV = "mujoco/Hopper-v5"
 FIELDS = dict(

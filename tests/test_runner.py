@@ -15,10 +15,11 @@ import pandas as pd
 import pytest
 
 import pgjax
-from pgjax import checkpoints, lanes, runner, training
+from pgjax import training
 from pgjax.algorithms import ppo
 from pgjax.errors import RequestError
-from pgjax.store import read_run
+from pgjax.host import checkpoints, lanes, runner
+from pgjax.host.store import read_run
 from tests.probe_envs import Probe
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -307,7 +308,7 @@ def run_python(code, *args, timeout=240, **environment):
 def test_two_host_devices_give_what_one_gives_and_do_not_deadlock(tmp_path):
     code = """
 import sys
-from pgjax import lanes
+from pgjax.host import lanes
 lanes.use_host_devices(2)
 import jax, pgjax
 from pgjax.algorithms import ppo

@@ -13,9 +13,9 @@ from pgjax.algorithms import make, sac
 from pgjax.distributions import Categorical, DiagGaussian, TanhGaussian
 from pgjax.errors import RequestError
 from pgjax.networks import ActorCritic
-from pgjax.soft_critic import Actions, bellman_target, draw_actions, expect, log_prob, polyak, taken
-from pgjax.soft_networks import SoftNetworks
 from pgjax.spaces import Box, Discrete
+from pgjax.stepwise.soft_critic import Actions, bellman_target, draw_actions, expect, log_prob, polyak, taken
+from pgjax.stepwise.soft_networks import SoftNetworks
 
 # A large epsilon, so that Adam's first step tells how large a gradient was.
 HYPERS = sac.Hypers(learning_rate=0.1, critic_lr_scale=2.0, tau=0.3, temperature=0.4, reward_scale=3.0, adam_eps=1.0)

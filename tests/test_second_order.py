@@ -9,8 +9,8 @@ import pytest
 from jax.extend.core import jaxprs_in_params
 from jax.flatten_util import ravel_pytree
 
-from pgjax import second_order
 from pgjax.networks import ActorCritic, make_networks
+from pgjax.solvers import second_order
 from pgjax.spaces import Box, Discrete
 
 KINDS = ("categorical", "gaussian", "gaussian_state", "tanh_gaussian", "tanh_gaussian_state")

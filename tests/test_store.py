@@ -15,9 +15,9 @@ import pyarrow.parquet as pq
 import pytest
 from dying import Disk, Killed
 
-from pgjax import checkpoints, store
 from pgjax.errors import RequestError, RunError
-from pgjax.store import RunStore, load, load_policies, read_run
+from pgjax.host import checkpoints, store
+from pgjax.host.store import RunStore, load, load_policies, read_run
 
 CONFIG = {"env": "gymnax/CartPole-v1", "configs": [{"clip_eps": 0.2}, {"clip_eps": 0.3}], "total_env_steps": 300}
 LIKE = {"x": jnp.zeros(2)}
@@ -383,7 +383,7 @@ class TestRequests:
         script = """
 import sys
 from pgjax.errors import RequestError
-from pgjax.store import RunStore, read_run
+from pgjax.host.store import RunStore, read_run
 assert read_run(sys.argv[1])["status"] == "running"
 try:
     RunStore.open(sys.argv[1])
@@ -402,7 +402,7 @@ assert not {"jax", "pandas", "pyarrow", "orbax"} & set(sys.modules), set(sys.mod
     def test_a_dead_process_holds_nothing(self, tmp_path):
         script = """
 import os, sys
-from pgjax import store
+from pgjax.host import store
 store.describe_machine = dict
 run = store.RunStore.create(sys.argv[1], {})
 os._exit(9)

@@ -64,7 +64,7 @@ def test_every_cell_is_a_run_like_the_one_made_alone(tmp_path, inline):
     key = ["seed", "iteration"]
     tables = [run.metrics.sort_values(key, ignore_index=True) for run in (here, alone)]
     pd.testing.assert_frame_equal(*tables, rtol=1e-3, atol=1e-4)
-    from pgjax.runner import policies_of
+    from pgjax.host.runner import policies_of
 
     _, lanes = policies_of(folder, algorithm)
     assert lanes["seed"].tolist() == [0, 1] and lanes["config"].tolist() == [0, 0]
@@ -170,7 +170,7 @@ def test_a_group_whose_checkpoints_are_damaged_begins_anew_and_nothing_is_delete
 
 def _interrupt_after(monkeypatch, rows):
     """Every run is interrupted at its first checkpoint, ``rows`` rows of metrics into it."""
-    from pgjax import runner
+    from pgjax.host import runner
 
     monkeypatch.setattr(runner, "CHUNK_SECONDS", 1e-9)
     plain = runner._Run.report

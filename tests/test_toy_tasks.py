@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pgjax.env_checks import check_env
+from pgjax.checks.environment import check_env
 from pgjax.envs import list_envs, make_env
 from pgjax.envs import toy as toy_tasks
 from pgjax.errors import RequestError

@@ -9,7 +9,7 @@ from probe_envs import Probe
 from pgjax import on_policy
 from pgjax.algorithms import vmpo
 from pgjax.distributions import Categorical, DiagGaussian
-from pgjax.duals import init_duals, step_duals
+from pgjax.solvers.duals import init_duals, step_duals
 
 TINY = dict(num_envs=8, num_steps=8, hidden_sizes=(4,), num_epochs=2, num_minibatches=2)
 

@@ -21,12 +21,13 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec, SingleDeviceSharding
 
-from pgjax import checkpoints, learned_files
-from pgjax.checkpoints import disk_errors, from_json, to_json, write_file
 from pgjax.errors import RequestError
 from pgjax.experiments.meta_train import MetaTrainer
-from pgjax.runner import Interrupt
-from pgjax.store import describe_machine, hold_folder
+from pgjax.host import checkpoints
+from pgjax.host.checkpoints import disk_errors, from_json, to_json, write_file
+from pgjax.host.runner import Interrupt
+from pgjax.host.store import describe_machine, hold_folder
+from pgjax.learned import files as learned_files
 
 FORMAT, VERSION = "pgjax-meta-training", 1
 # Generations that one call of the chunk program can do, and seconds of work that one call should be.

@@ -19,14 +19,15 @@ import optax
 from flax import struct
 
 import pgjax
-from pgjax import evolution, on_policy
+from pgjax import on_policy
 from pgjax.algorithms import lpg
 from pgjax.envs import grid_world
 from pgjax.errors import RequestError, close_names
 from pgjax.experiments.meta_train import MetaTrainer
 from pgjax.experiments.meta_train import levels as levels_
-from pgjax.learned_files import Learned
-from pgjax.learned_rule import RuleSpec, convention_of, init_rule
+from pgjax.learned import evolution
+from pgjax.learned.files import Learned
+from pgjax.learned.rule import RuleSpec, convention_of, init_rule
 from pgjax.types import Environment, PyTree
 
 # Updates of an agent's life, (shortest, longest), by the name of the levels; log-uniform between them.

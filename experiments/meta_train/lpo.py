@@ -16,13 +16,14 @@ import numpy as np
 from flax import struct
 
 import pgjax
-from pgjax import evolution, on_policy, training
-from pgjax import lanes as lanes_
+from pgjax import on_policy, training
 from pgjax.algorithms import lpo, ppo
 from pgjax.errors import RequestError
 from pgjax.evaluation import evaluate
 from pgjax.experiments import presets
 from pgjax.experiments.meta_train import MetaTrainer
+from pgjax.host import lanes as lanes_
+from pgjax.learned import evolution
 from pgjax.types import Environment, Objective, PyTree
 from pgjax.updates import minibatch_sgd, plug
 

@@ -11,12 +11,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pgjax import learned_files
 from pgjax.algorithms import lpg
 from pgjax.envs import grid_world
 from pgjax.experiments.meta_train import lpg as meta
 from pgjax.experiments.plots import pyplot, save
-from pgjax.learned_rule import read_convention
+from pgjax.learned import files as learned_files
+from pgjax.learned.rule import read_convention
 
 
 def targets(rule: learned_files.Learned, level: str, updates: int = 250, seed: int = 0) -> dict[str, np.ndarray]:

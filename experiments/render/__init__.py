@@ -17,7 +17,6 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from pgjax.checkpoints import disk_errors, write_file
 from pgjax.errors import RequestError
 from pgjax.experiments.evaluate_run import acting, episode_keys
 from pgjax.experiments.render.canvas import caption_sizes, with_caption
@@ -25,6 +24,7 @@ from pgjax.experiments.render.drawings import Drawing, drawing_of
 from pgjax.experiments.render.episodes import POLICIES, Episode, pick, play
 from pgjax.experiments.render.gif import Pace, encode
 from pgjax.experiments.render.page import Shown, make_page
+from pgjax.host.checkpoints import disk_errors, write_file
 
 __all__ = ["Rendered", "render_run"]
 

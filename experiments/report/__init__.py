@@ -12,7 +12,6 @@ import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from pgjax.checkpoints import disk_errors, write_file
 from pgjax.errors import RequestError
 from pgjax.experiments.report.aggregates import aggregate
 from pgjax.experiments.report.figures import STYLE, Styles, curve_figures, sensitivity_figures
@@ -29,6 +28,7 @@ from pgjax.experiments.report.tables import (
     to_csv,
 )
 from pgjax.experiments.results import Result
+from pgjax.host.checkpoints import disk_errors, write_file
 
 __all__ = ["report_runs", "write_report"]
 

@@ -12,7 +12,7 @@ from pgjax.errors import RequestError
 from pgjax.experiments.report.reading import Unreadable
 from pgjax.experiments.results import Result
 from pgjax.experiments.statistics import RESAMPLES, iqm
-from pgjax.runner import DEFAULT_EPISODES, OTHER_EPISODES
+from pgjax.host.runner import DEFAULT_EPISODES, OTHER_EPISODES
 
 # Which returns a result is judged by: the first of these that it has.
 POLICIES = ("mode", "sample", "training")

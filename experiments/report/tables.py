@@ -191,7 +191,7 @@ def _typed(command: Any) -> str:
     if not isinstance(command, list) or not command:
         return ""
     first, *rest = map(str, command)
-    program = "pgjax" if PurePath(first).name in ("pgjax", "__main__.py", "cli.py") else first
+    program = "pgjax" if PurePath(first).name in ("pgjax", "__main__.py") else first
     return shlex.join([program, *rest])
 
 

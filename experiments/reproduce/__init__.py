@@ -12,7 +12,6 @@ import shlex
 from collections.abc import Callable
 from pathlib import Path
 
-from pgjax.checkpoints import disk_errors, write_file
 from pgjax.errors import RequestError
 from pgjax.experiments.report import write_report
 from pgjax.experiments.reproduce.measured import RESULTS, Measured, dump, measure
@@ -20,6 +19,7 @@ from pgjax.experiments.reproduce.paper_file import SCALES, Paper, list_papers, r
 from pgjax.experiments.reproduce.verdicts import claim_rows, number_rows, summary, to_csv, to_markdown
 from pgjax.experiments.sweeps import driver
 from pgjax.experiments.sweeps.folder import SweepFolder
+from pgjax.host.checkpoints import disk_errors, write_file
 
 __all__ = ["SCALES", "list_papers", "reproduce"]
 

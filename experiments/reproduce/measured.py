@@ -9,11 +9,11 @@ import numpy as np
 import pandas as pd
 
 import pgjax
-from pgjax.checkpoints import from_json, to_json
 from pgjax.errors import RequestError
 from pgjax.experiments.reproduce.paper_file import PUBLISHED, Paper
 from pgjax.experiments.results import Result
 from pgjax.experiments.sweeps.folder import SweepFolder, cell_of
+from pgjax.host.checkpoints import from_json, to_json
 
 RESULTS = PUBLISHED / "results"
 # Training returns are those of the episodes that ended in the last tenth of the steps so far.

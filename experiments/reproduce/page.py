@@ -3,7 +3,6 @@
 from collections.abc import Callable
 from pathlib import Path
 
-from pgjax.checkpoints import disk_errors, write_file
 from pgjax.experiments.compare import markdown_table
 from pgjax.experiments.reproduce.figures import draw_paper
 from pgjax.experiments.reproduce.measured import RESULTS, Measured, load
@@ -17,6 +16,7 @@ from pgjax.experiments.reproduce.verdicts import (
     number_rows,
     number_table,
 )
+from pgjax.host.checkpoints import disk_errors, write_file
 
 _PREFACE = """# Where we stand
 

@@ -42,7 +42,7 @@ from typing import Any
 
 from pgjax.errors import RequestError, close_names
 from pgjax.experiments.sweeps.sweep_file import Sweep, specs_of
-from pgjax.runner import RunSpec
+from pgjax.host.runner import RunSpec
 
 PUBLISHED = Path(__file__).resolve().parent.parent / "published"
 SCALES = ("smoke", "cpu", "full")

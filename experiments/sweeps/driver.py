@@ -20,7 +20,7 @@ from pgjax.experiments.sweeps.folder import Cell, CellStatus, Group, SweepFolder
 from pgjax.experiments.sweeps.plan import DONE, cells_of, plan
 from pgjax.experiments.sweeps.sweep_file import Sweep, read_sweep
 from pgjax.experiments.sweeps.work import Outcome, Task
-from pgjax.runner import forecast
+from pgjax.host.runner import forecast
 
 _STATUSES = ("finished", "failed", "running", "interrupted", "pending", "unreadable")
 # Options of each engine, as in the file's [engine] table.

@@ -25,12 +25,12 @@ from pathlib import Path
 from typing import Any
 
 import pgjax
-from pgjax.checkpoints import disk_errors, from_json, to_json, write_file
 from pgjax.errors import RequestError
 from pgjax.experiments.objective_file import is_learned
 from pgjax.experiments.results import Result
-from pgjax.runner import RunSpec
-from pgjax.store import hold_folder, read_run
+from pgjax.host.checkpoints import disk_errors, from_json, to_json, write_file
+from pgjax.host.runner import RunSpec
+from pgjax.host.store import hold_folder, read_run
 
 FORMAT, VERSION = "pgjax-sweep", 1
 # Fields of a run that do not determine its result.

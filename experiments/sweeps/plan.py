@@ -6,7 +6,7 @@ import json
 from collections.abc import Collection, Sequence
 
 from pgjax.experiments.sweeps.folder import Cell, CellStatus, Group, SweepFolder, cell_of
-from pgjax.runner import RunSpec
+from pgjax.host.runner import RunSpec
 
 # What a driver leaves alone unless asked.
 DONE = ("finished", "failed", "unreadable")

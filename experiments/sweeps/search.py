@@ -33,7 +33,7 @@ from pgjax.experiments.results import Result, command_of
 from pgjax.experiments.shared_settings import show
 from pgjax.experiments.sweeps.folder import Cell, SweepFolder, cell_of, write_whole
 from pgjax.experiments.sweeps.sweep_file import Sweep, read_range, with_values
-from pgjax.runner import RunSpec
+from pgjax.host.runner import RunSpec
 
 _LEAST = {"trials": 1, "population": 1, "rungs": 1, "eta": 2, "seed": 0}
 _DEFAULTS = {"trials": 64, "population": 16, "rungs": 1, "eta": 3, "seed": 0}

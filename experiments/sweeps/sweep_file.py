@@ -34,8 +34,8 @@ from pgjax import algorithms
 from pgjax.errors import RequestError, close_names
 from pgjax.experiments import presets
 from pgjax.experiments.objective_file import pinned
+from pgjax.host.runner import RunSpec
 from pgjax.on_policy import LEARNED
-from pgjax.runner import RunSpec
 
 DEFAULT_ENV_STEPS = 500_000
 # Seeds that are one cell: a sweep with more of them keeps the cells it has.

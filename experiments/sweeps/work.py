@@ -12,8 +12,8 @@ from pgjax.errors import DamagedFile, RequestError
 from pgjax.experiments.objective_file import load_objective
 from pgjax.experiments.results import results_of
 from pgjax.experiments.sweeps.folder import Group, SweepFolder, write_whole
-from pgjax.runner import describe_env
-from pgjax.store import InUse, RunStore, split_run
+from pgjax.host.runner import describe_env
+from pgjax.host.store import InUse, RunStore, split_run
 
 # How long a group waits for a process that still holds it, and how often it looks.
 _PATIENCE, _LOOK = 60.0, 0.5
@@ -48,7 +48,7 @@ def work(task: Task) -> Outcome:
 
     Failures that belong to the group are recorded in its file and returned; the process is fit for the next one.
     """
-    from pgjax import lanes
+    from pgjax.host import lanes
 
     lanes.use_host_devices(task.devices)
     lanes.use_compilation_cache()

@@ -34,9 +34,9 @@ import filelock
 import numpy as np
 
 import pgjax
-from pgjax import checkpoints
-from pgjax.checkpoints import PyTree, disk_errors, from_json, sync, to_json, write_file
 from pgjax.errors import DamagedFile, RequestError, RunError
+from pgjax.host import checkpoints
+from pgjax.host.checkpoints import PyTree, disk_errors, from_json, sync, to_json, write_file
 
 if TYPE_CHECKING:
     import pandas
@@ -61,7 +61,7 @@ _KINDS = {"metrics": METRICS, "evaluations": EVALUATIONS}
 # Parts are gathered to about this many rows before they are written on, so that memory stays flat and files readable.
 _MERGE_ROWS = 1 << 16
 # The checkout, if this file lies in one: an editable installation links to it.
-_ROOT = Path(os.path.realpath(__file__)).parent.parent
+_ROOT = Path(os.path.realpath(__file__)).parent.parent.parent
 _LIBRARIES = (
     "jax jaxlib flax optax distrax chex flashbax evosax gymnax brax mujoco mujoco-mjx playground gymnasium orbax-checkpoint "
     "numpy pyarrow"

@@ -18,8 +18,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 import pgjax
-from pgjax.checkpoints import disk_errors, from_json, to_json, write_file
 from pgjax.errors import DamagedFile, RequestError, close_names
+from pgjax.host.checkpoints import disk_errors, from_json, to_json, write_file
 
 FORMAT, VERSION = "pgjax-learned", 1
 KINDS = ("lpo", "lpg")

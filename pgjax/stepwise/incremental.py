@@ -15,12 +15,12 @@ from flax import struct
 
 from pgjax import normalizers
 from pgjax.action_maps import make_action_map
-from pgjax.incremental_networks import IncrementalNetworks
 from pgjax.networks import ActorCritic
 from pgjax.on_policy import all_finite, as_hypers, check_choices, check_counts
 from pgjax.optimizers import adam
-from pgjax.soft_critic import bellman_target
-from pgjax.td_scaling import init_td_scale, update_td_scale
+from pgjax.stepwise.incremental_networks import IncrementalNetworks
+from pgjax.stepwise.soft_critic import bellman_target
+from pgjax.stepwise.td_scaling import init_td_scale, update_td_scale
 from pgjax.types import Algorithm, Environment, Metrics, PyTree
 
 # Settings that belong to the methods of this loop, which a comparison at shared settings leaves to them: a learner of one
@@ -42,12 +42,12 @@ class Setup:
     num_steps: environment steps, and updates, of one iteration.
     normalize_obs: running statistics of the observations, updated with each before it is normalised.
     penultimate_norm: the last hidden features of every network have length one.
-    scaler: how TD errors are scaled: ``code`` or ``paper``, see ``pgjax.td_scaling``, or ``none``.
+    scaler: how TD errors are scaled: ``code`` or ``paper``, see ``pgjax.stepwise.td_scaling``, or ``none``.
     boundary: what a time limit is: cut from outside and valued beyond (``bootstrap``), or an end (``terminate``), as in the
         authors' wrapper of DM Control.
     std_param: σ of the actor's output h is exp(h/2) (``exp_half``) or exp(h) (``exp``).
     action_map: ``tanh_clip``, clipped into the bounds and not rescaled, or ``tanh_affine``; see ``pgjax.action_maps``.
-    hidden_sizes, activation, kernel_init: see ``pgjax.incremental_networks``.
+    hidden_sizes, activation, kernel_init: see ``pgjax.stepwise.incremental_networks``.
     """
 
     num_steps: int = 1000

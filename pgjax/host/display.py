@@ -5,8 +5,8 @@ import time
 
 import numpy as np
 
+from pgjax.host.runner import Event, RunSpec
 from pgjax.metrics import mean_over_lanes
-from pgjax.runner import Event, RunSpec
 
 # Seconds between two plain lines.
 _EVERY = 5.0

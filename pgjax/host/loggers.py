@@ -12,9 +12,9 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from pgjax.checkpoints import disk_errors
 from pgjax.errors import RequestError
-from pgjax.store import read_run
+from pgjax.host.checkpoints import disk_errors
+from pgjax.host.store import read_run
 
 _MODULES = {"tensorboard": "tensorboardX", "wandb": "wandb"}
 _NOT_CURVES = ("kind", "env_steps", "progress", "lanes", "text")

@@ -19,9 +19,9 @@ from pgjax.errors import RequestError
 from pgjax.networks import ActorCritic
 from pgjax.on_policy import Policy, as_hypers, check_choices, check_counts, gate
 from pgjax.optimizers import adam
-from pgjax.replay import Replay, Transition
-from pgjax.soft_networks import RavelledNetworks, SoftNetworks, make_soft_networks, ravelled
 from pgjax.spaces import Discrete
+from pgjax.stepwise.replay import Replay, Transition
+from pgjax.stepwise.soft_networks import RavelledNetworks, SoftNetworks, make_soft_networks, ravelled
 from pgjax.types import Algorithm, Environment, PyTree
 
 
@@ -37,7 +37,7 @@ class Setup:
     critic: ``q``, with target copies of the two Q, or ``v``, with a state value and a copy of it.
     actor_value: what the actor climbs, the ``min`` of the two Q or the ``first``.
     normalize_obs: running statistics of the observations that were acted on.
-    hidden_sizes, critic_hidden_sizes, activation, kernel_init: see ``pgjax.soft_networks``.
+    hidden_sizes, critic_hidden_sizes, activation, kernel_init: see ``pgjax.stepwise.soft_networks``.
     """
 
     num_envs: int = 1
@@ -90,7 +90,7 @@ class Learner(struct.PyTreeNode):
 class State(struct.PyTreeNode):
     """All that is carried from one iteration to the next, for one lane.
 
-    key: typed key.  env_steps: int32.  obs [B, *O] raw.  replay: see ``pgjax.replay``; not learned, and never selected.
+    key: typed key.  env_steps: int32.  obs [B, *O] raw.  replay: see ``replay.py``; not learned, and never selected.
     episode_return [B] float32, episode_length [B] int32.  nonfinite: bool, whether an update was ever refused.
     obs_clip: bound of normalised observations, kept here for the policy that is handed out.
     """

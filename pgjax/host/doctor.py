@@ -40,7 +40,7 @@ def examine(say: Callable[[str], None]) -> int:
 
 
 def _devices() -> str:
-    from pgjax import lanes
+    from pgjax.host import lanes
 
     lanes.use_host_devices()
     import jax

@@ -16,12 +16,12 @@ import jax.numpy as jnp
 import numpy as np
 
 import pgjax
-from pgjax import lanes as lanes_
 from pgjax import metrics, training
 from pgjax.errors import RequestError, RunError
 from pgjax.evaluation import Episodes, evaluate
+from pgjax.host import lanes as lanes_
+from pgjax.host.store import RunStore, load_policies
 from pgjax.on_policy import as_hypers
-from pgjax.store import RunStore, load_policies
 from pgjax.types import Algorithm, Environment, PyTree
 
 # Rows that one call of the chunk program can return.
@@ -460,7 +460,7 @@ class _Group:
         return True
 
     def forecast(self, seconds: float) -> Forecast:
-        """See ``pgjax.runner.forecast``."""
+        """See ``pgjax.host.runner.forecast``."""
         record, schedule = self.run.record, self.run.schedule
         state = self._start()
 

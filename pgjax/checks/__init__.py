@@ -1,0 +1,1 @@
+"""What an environment and a drift function promise, measured."""

@@ -1,0 +1,1 @@
+"""The side of a run that prints, writes files and reads clocks: runner, store, checkpoints, devices, loggers."""

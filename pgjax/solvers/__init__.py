@@ -1,0 +1,1 @@
+"""Constrained optimisation: conjugate gradients and line search, and dual variables."""
