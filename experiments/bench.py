@@ -180,8 +180,8 @@ def _replay(repeats, say):
     env = pgjax.make_env("gymnax/Pendulum-v1")
     figures = {}
     # Small networks too, so that what the buffer costs is not hidden behind them.
-    for hidden, batch_size, steps in ((256, 256, 500), (32, 64, 4000)):
-        setup = {"hidden_sizes": (hidden, hidden), "batch_size": batch_size, "warmup_steps": batch_size}
+    for hidden, batch_size, steps in ((256, 256, 500), (32, 64, 2000)):
+        setup = {"hidden_sizes": (hidden, hidden), "batch_size": batch_size, "warmup_steps": batch_size, "num_steps": 100}
         programs, compile_seconds = {}, {}
         for capacity in (10_000, 100_000, 1_000_000):
             name = f"2 x {hidden} units, capacity {capacity:,}"
