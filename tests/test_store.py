@@ -16,7 +16,8 @@ import pytest
 from dying import Disk, Killed
 
 from pgjax.errors import RequestError, RunError
-from pgjax.host import checkpoints, store
+from pgjax.host import checkpoints, store, tables
+from pgjax.host.machine import describe_machine
 from pgjax.host.store import RunStore, load, load_policies, read_run
 
 CONFIG = {"env": "gymnax/CartPole-v1", "configs": [{"clip_eps": 0.2}, {"clip_eps": 0.3}], "total_env_steps": 300}
@@ -121,7 +122,7 @@ class TestRows:
 
     def test_merging_streams(self, tmp_path, monkeypatch):
         """No more than the limit and one part is held: the row groups show it."""
-        monkeypatch.setattr(store, "_MERGE_ROWS", 7)
+        monkeypatch.setattr(tables, "_MERGE_ROWS", 7)
         with RunStore.create(tmp_path / "run", CONFIG) as run:
             advance(run, 1, 8)
             run.finish()
@@ -281,12 +282,12 @@ def test_killed_anywhere_a_resumed_run_has_the_same_rows(tmp_path, monkeypatch):
                 with disk.quiet():
                     write_arrays(path, arrays)
 
-            def remembered(path, lock=store._lock, locks=locks):
+            def remembered(path, lock=store.lock_folder, locks=locks):
                 locks.append(lock(path))
                 return locks[-1]
 
             patch.setattr(checkpoints, "_write_arrays", quietly)
-            patch.setattr(store, "_lock", remembered)
+            patch.setattr(store, "lock_folder", remembered)
             try:
                 with RunStore.create(folder, CONFIG) as run:
                     advance(run, 1, last)
@@ -450,7 +451,7 @@ class TestFullDisk:
         with RunStore.create(tmp_path / "run", CONFIG) as run:
             advance(run, 1, 2)
             with monkeypatch.context() as patch:
-                patch.setattr(store, "_write_parquet", write_to_full_disk)
+                patch.setattr(store, "write_parquet", write_to_full_disk)
                 with pytest.raises(RunError, match=r"cannot write .*metrics-00003.*: the disk is full") as caught:
                     run.append(rows(3))
                 assert "\n" not in str(caught.value)
@@ -510,9 +511,9 @@ class TestPolicies:
 
 def test_the_machine_is_described(tmp_path, monkeypatch):
     monkeypatch.undo()
-    found = store.describe_machine()
+    found = describe_machine()
     assert found["libraries"]["jax"] == jax.__version__
     assert found["device_count"] == len(jax.devices()) and found["device"] == jax.default_backend()
     json.dumps(checkpoints.to_json(found), allow_nan=False)
     with jax.default_matmul_precision("float32"):
-        assert store.describe_machine()["precision"] == "float32"
+        assert describe_machine()["precision"] == "float32"

@@ -25,8 +25,9 @@ from pgjax.errors import RequestError
 from pgjax.experiments.meta_train import MetaTrainer
 from pgjax.host import checkpoints
 from pgjax.host.checkpoints import disk_errors, from_json, to_json, write_file
+from pgjax.host.folders import hold_folder
+from pgjax.host.machine import describe_machine
 from pgjax.host.runner import Interrupt
-from pgjax.host.store import describe_machine, hold_folder
 from pgjax.learned import files as learned_files
 
 FORMAT, VERSION = "pgjax-meta-training", 1

@@ -29,8 +29,9 @@ from pgjax.errors import RequestError
 from pgjax.experiments.objective_file import is_learned
 from pgjax.experiments.results import Result
 from pgjax.host.checkpoints import disk_errors, from_json, to_json, write_file
+from pgjax.host.folders import hold_folder
 from pgjax.host.runner import RunSpec
-from pgjax.host.store import hold_folder, read_run
+from pgjax.host.store import read_run
 
 FORMAT, VERSION = "pgjax-sweep", 1
 # Fields of a run that do not determine its result.

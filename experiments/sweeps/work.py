@@ -12,8 +12,9 @@ from pgjax.errors import DamagedFile, RequestError
 from pgjax.experiments.objective_file import load_objective
 from pgjax.experiments.results import results_of
 from pgjax.experiments.sweeps.folder import Group, SweepFolder, write_whole
+from pgjax.host.folders import InUse
 from pgjax.host.runner import describe_env
-from pgjax.host.store import InUse, RunStore, split_run
+from pgjax.host.store import RunStore, split_run
 
 # How long a group waits for a process that still holds it, and how often it looks.
 _PATIENCE, _LOOK = 60.0, 0.5

@@ -18,25 +18,32 @@ Heavy libraries are imported on first use: pandas only by ``load``, which is the
 import contextlib
 import copy
 import dataclasses
-import datetime
 import json
 import os
-import platform
 import re
 import shutil
-import subprocess
-import sys
 from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-import filelock
 import numpy as np
 
-import pgjax
 from pgjax.errors import DamagedFile, RequestError, RunError
 from pgjax.host import checkpoints
 from pgjax.host.checkpoints import PyTree, disk_errors, from_json, sync, to_json, write_file
+from pgjax.host.folders import lock_folder, owner_lives, timestamp, write_owner, written_aside
+from pgjax.host.machine import describe_machine
+from pgjax.host.tables import (
+    KINDS,
+    all_part_files,
+    as_table,
+    merge_parts,
+    part_file,
+    part_files,
+    read_part,
+    read_rows,
+    write_parquet,
+)
 
 if TYPE_CHECKING:
     import pandas
@@ -44,32 +51,8 @@ if TYPE_CHECKING:
 
 FORMAT, VERSION = "pgjax-run", 1
 STATUSES = ("running", "interrupted", "finished", "failed")
-# Columns every row has, with the type they are stored in; the other columns of metrics keep the type they come in.
-METRICS = {"config": "int32", "seed": "int64", "iteration": "int64", "env_steps": "int64"}
-EVALUATIONS = {
-    "config": "int32",
-    "seed": "int64",
-    "env_steps": "int64",
-    "policy": "str",
-    "episode": "int32",
-    "return": "float64",
-    "length": "int32",
-}
 # Columns that say which lane and row a number is of.
 _WHOSE = ("config", "seed", "iteration")
-_KINDS = {"metrics": METRICS, "evaluations": EVALUATIONS}
-# Parts are gathered to about this many rows before they are written on, so that memory stays flat and files readable.
-_MERGE_ROWS = 1 << 16
-# The checkout, if this file lies in one: an editable installation links to it.
-_ROOT = Path(os.path.realpath(__file__)).parent.parent.parent
-_LIBRARIES = (
-    "jax jaxlib flax optax distrax chex flashbax evosax gymnax brax mujoco mujoco-mjx playground gymnasium orbax-checkpoint "
-    "numpy pyarrow"
-).split()
-
-
-class InUse(RequestError):
-    """Another process holds the folder."""
 
 
 class Restored(NamedTuple):
@@ -114,10 +97,10 @@ class RunStore:
     def __init__(self, path: str | os.PathLike[str]):
         """Takes the lock only; use ``create`` or ``open``."""
         self.path = Path(path)
-        self._lock = _lock(self.path)
+        self._lock = lock_folder(self.path)
         self._run: dict[str, Any] = {}
         self._last: dict[str, Any] | None = None
-        self._parts = dict.fromkeys(_KINDS, 0)
+        self._parts = dict.fromkeys(KINDS, 0)
         self._schemas: dict[str, pyarrow.Schema] = {}
         self._positioned = True
 
@@ -154,7 +137,7 @@ class RunStore:
             others = [name for name in os.listdir(path) if not own.fullmatch(name)]
             if others:
                 raise RequestError(f"--out {path} is not empty (it holds {min(others)}); choose another --out")
-            now = _now()
+            now = timestamp()
             store._run = {
                 "format": FORMAT,
                 "version": VERSION,
@@ -194,7 +177,7 @@ class RunStore:
         store = cls(path)
         with store._closing_on_error():
             store._run = run = _read_run(path)  # again, now that nobody else writes
-            entry = {"when": _now(), "provenance": to_json({**describe_machine(), **(provenance or {})}, "provenance")}
+            entry = {"when": timestamp(), "provenance": to_json({**describe_machine(), **(provenance or {})}, "provenance")}
             if config is not None:
                 given = to_json(dict(config), "config")
                 for name, there, here in _differences(run["config"], given):
@@ -215,7 +198,7 @@ class RunStore:
             store._write_run()
             store._positioned = False
             if not checkpoints.latest_checkpoints(path / "checkpoints"):
-                store._go_on_from(dict.fromkeys(_KINDS, 0), None)
+                store._go_on_from(dict.fromkeys(KINDS, 0), None)
         return store
 
     def __enter__(self) -> "RunStore":
@@ -275,7 +258,7 @@ class RunStore:
         The run counts as running from here on. Raises RunError if the disk refuses.
         """
         config = self._run["config"]
-        entry = {"from": config["total_env_steps"], "to": total_env_steps, "at": at, "when": _now()}
+        entry = {"from": config["total_env_steps"], "to": total_env_steps, "at": at, "when": timestamp()}
         self._run |= {
             "config": {**config, "total_env_steps": total_env_steps},
             "extensions": [*self._run.get("extensions", []), to_json(entry)],
@@ -299,14 +282,14 @@ class RunStore:
         if not self._positioned:
             raise RuntimeError("call latest() before append(): it says where an opened run goes on")
         for kind, rows in (("metrics", metrics_rows), ("evaluations", evaluation_rows)):
-            table = _table(kind, rows) if rows else None
+            table = as_table(kind, rows) if rows else None
             if table is None or not table.num_rows:
                 continue
             self._check_columns(kind, table)
             number = self._parts[kind] + 1
-            target = _part(self.path, kind, number)
-            with disk_errors(target), _written_aside(target) as aside:
-                _write_parquet(aside, table)
+            target = part_file(self.path, kind, number)
+            with disk_errors(target), written_aside(target) as aside:
+                write_parquet(aside, table)
             self._parts[kind] = number
         return dict(self._parts)
 
@@ -359,7 +342,7 @@ class RunStore:
             return Restored(state, saved["record"], step, warning)
         if problems:
             raise DamagedFile(f"--resume: {problems[0]}, and no older one can be read; start anew with another --out")
-        self._go_on_from(dict.fromkeys(_KINDS, 0), None)
+        self._go_on_from(dict.fromkeys(KINDS, 0), None)
         return None
 
     def save_policies(self, policies: PyTree, lanes: Mapping[str, np.ndarray]) -> None:
@@ -378,16 +361,16 @@ class RunStore:
         The parts stay: a run that is extended goes on from them. Raises RunError if the disk refuses.
         """
         record = _newest_record(self.path)
-        for kind, number in (record["parts"] if record else dict.fromkeys(_KINDS, 0)).items():
-            _merge(self.path, kind, number)
+        for kind, number in (record["parts"] if record else dict.fromkeys(KINDS, 0)).items():
+            merge_parts(self.path, kind, number)
         self.set_status(status, **facts)
 
     # --- inside
 
     def _check_columns(self, kind: str, table: "pyarrow.Table") -> None:
         if kind not in self._schemas:
-            first = _part(self.path, kind, 1)
-            self._schemas[kind] = _read_part(first).schema if self._parts[kind] else table.schema
+            first = part_file(self.path, kind, 1)
+            self._schemas[kind] = read_part(first).schema if self._parts[kind] else table.schema
         expected = self._schemas[kind]
         if table.schema != expected:
             odd = sorted({(f.name, str(f.type)) for f in table.schema} ^ {(f.name, str(f.type)) for f in expected})
@@ -396,7 +379,7 @@ class RunStore:
 
     def _check_parts(self, parts: dict[str, int]) -> None:
         for kind, number in parts.items():
-            for path in _parts(self.path, kind, number):
+            for path in part_files(self.path, kind, number):
                 if not path.exists():
                     raise checkpoints.CorruptCheckpoint(f"{path}, which the newest checkpoint needs, is missing")
 
@@ -405,20 +388,20 @@ class RunStore:
         if _size(log) > log_size:
             with disk_errors(log):
                 os.truncate(log, log_size)
-        for path, kind, number in _all_parts(self.path):
+        for path, kind, number in all_part_files(self.path):
             if number is None or number > parts[kind]:
                 path.unlink()
         self._parts, self._last, self._positioned = dict(parts), record, True
         self._schemas = {}
 
     def _write_run(self) -> None:
-        self._run["updated"] = _now()
+        self._run["updated"] = timestamp()
         target = self.path / "run.json"
-        with disk_errors(target), _written_aside(target) as aside:
+        with disk_errors(target), written_aside(target) as aside:
             write_file(aside, (json.dumps(self._run, indent=1) + "\n").encode())
 
     def _take_ownership(self) -> None:
-        _write_owner(self.path)
+        write_owner(self.path)
         for leftover in self.path.glob("*.tmp-*"):
             if re.fullmatch(r"(run\.json|metrics\.parquet|evaluations\.parquet)\.tmp-\d+", leftover.name):
                 leftover.unlink(missing_ok=True)
@@ -444,7 +427,7 @@ def read_run(path: str | os.PathLike[str]) -> dict[str, Any]:
     """
     path = Path(path)
     run = from_json(_read_run(path))
-    if run["status"] == "running" and not _owner_lives(path):
+    if run["status"] == "running" and not owner_lives(path):
         run["status"] = "interrupted"
     return run
 
@@ -464,8 +447,8 @@ def load(path: str | os.PathLike[str]) -> LoadedRun:
         provenance=run["provenance"],
         facts=run["facts"],
         record=newest["record"] if newest else None,
-        metrics=_read_rows(path, "metrics", newest["parts"]["metrics"] if newest else None),
-        evaluations=_read_rows(path, "evaluations", newest["parts"]["evaluations"] if newest else None),
+        metrics=read_rows(path, "metrics", newest["parts"]["metrics"] if newest else None),
+        evaluations=read_rows(path, "evaluations", newest["parts"]["evaluations"] if newest else None),
     )
 
 
@@ -481,7 +464,7 @@ def split_run(path: Path, parts: Mapping[Path, tuple[int, Collection[int]]], lik
     """
     run = _read_run(path)
     newest = _newest_record(path)
-    tables = {kind: _read_rows(path, kind, newest["parts"][kind] if newest else None) for kind in _KINDS}
+    tables = {kind: read_rows(path, kind, newest["parts"][kind] if newest else None) for kind in KINDS}
     policies, lanes = load_policies(path, like)
     for target, (config, seeds) in parts.items():
         if target.exists():
@@ -503,7 +486,7 @@ def split_run(path: Path, parts: Mapping[Path, tuple[int, Collection[int]]], lik
             for kind, table in tables.items():
                 rows[kind] = table[(table.config == config) & table.seed.isin(list(seeds))].assign(config=np.int32(0))
                 if len(rows[kind]):
-                    _write_parquet(aside / f"{kind}.parquet", _table(kind, {n: rows[kind][n].to_numpy() for n in rows[kind]}))
+                    write_parquet(aside / f"{kind}.parquet", as_table(kind, {n: rows[kind][n].to_numpy() for n in rows[kind]}))
             write_file(aside / "log.jsonl", _log_of(rows["metrics"], rows["evaluations"]).encode())
         picked = np.flatnonzero((lanes["config"] == config) & np.isin(lanes["seed"], list(seeds)))
         columns = {"config": [0] * len(picked), "seed": lanes["seed"][picked].tolist()}
@@ -567,108 +550,7 @@ def load_policies(path: str | os.PathLike[str], like: PyTree) -> tuple[PyTree, d
     return policies, {name: column[order] for name, column in columns.items()}
 
 
-def describe_machine() -> dict[str, Any]:
-    """What decides whether a run can be repeated: versions, platform, devices, precision, git commit. Starts JAX."""
-    import jax
-
-    devices = jax.devices()
-    return {
-        "pgjax": pgjax.__version__,
-        "libraries": {name: version for name in _LIBRARIES if (version := _version(name))},
-        "python": platform.python_version(),
-        "platform": platform.platform(),
-        "device": devices[0].platform,
-        "device_kind": devices[0].device_kind,
-        "device_count": len(devices),
-        "precision": str(getattr(jax.config, "jax_default_matmul_precision", None) or "default"),
-        "x64": bool(getattr(jax.config, "jax_enable_x64", False)),
-        "git_commit": _git_commit(),
-        "command": sys.argv,
-    }
-
-
 # --- helpers
-
-
-@contextlib.contextmanager
-def hold_folder(path: Path, lock_name: str) -> Iterator[None]:
-    """Holds a folder for this process, through the file ``lock_name`` in it; the system lets go of it if the process dies.
-
-    Raises: InUse naming the owner and since when; RequestError if the folder cannot be written.
-    """
-    lock = _lock(path, lock_name)
-    try:
-        _write_owner(path)
-        yield
-    finally:
-        with contextlib.suppress(OSError):
-            (path / ".owner.json").unlink(missing_ok=True)
-        lock.release()
-
-
-def _write_owner(path: Path) -> None:
-    owner = {"pid": os.getpid(), "host": platform.node(), "since": _now()}
-    with disk_errors(path / ".owner.json"):
-        (path / ".owner.json").write_text(json.dumps(owner))
-
-
-def _lock(path: Path, name: str = ".lock") -> filelock.BaseFileLock:
-    lock = filelock.FileLock(path / name, thread_local=False)
-    try:
-        lock.acquire(blocking=False)
-    except filelock.Timeout as error:
-        try:
-            owner = json.loads((path / ".owner.json").read_text())
-            who = f"process {owner['pid']} on {owner['host']} since {owner['since']}"
-        except (OSError, ValueError, KeyError, TypeError):
-            who = "another process"
-        raise InUse(f"{path} is in use by {who}; wait for it or choose another --out") from error
-    except OSError as error:
-        raise RequestError(f"{path} cannot be written: {error.strerror}; choose another --out") from error
-    return lock
-
-
-def _owner_lives(path: Path) -> bool:
-    """Whether the process that wrote ``.owner.json`` may still be there; of another host's we cannot know."""
-    try:
-        owner = json.loads((path / ".owner.json").read_text())
-        if owner["host"] != platform.node():
-            return True
-        os.kill(owner["pid"], 0)
-    except PermissionError:
-        return True
-    except (OSError, ValueError, KeyError, TypeError):
-        return False
-    return True
-
-
-def _now() -> str:
-    return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
-
-
-def _version(distribution: str) -> str | None:
-    from importlib import metadata
-
-    try:
-        return metadata.version(distribution)
-    except metadata.PackageNotFoundError:
-        return None
-
-
-def _git_commit() -> str | None:
-    """The checkout's commit, with ``+changes`` if files differ from it; None outside a checkout."""
-    # Only our own repository: an installed package may lie inside somebody else's.
-    if not (_ROOT / ".git").exists():
-        return None
-
-    def git(*arguments: str) -> str:
-        command = ["git", "-C", str(_ROOT), *arguments]
-        return subprocess.run(command, capture_output=True, text=True, timeout=10, check=True).stdout.strip()
-
-    try:
-        return git("rev-parse", "HEAD") + ("+changes" if git("status", "--porcelain", "-uno") else "")
-    except (OSError, subprocess.SubprocessError):
-        return None
 
 
 def _read_run(path: Path) -> dict[str, Any]:
@@ -718,112 +600,3 @@ def _size(path: Path) -> int:
         return path.stat().st_size
     except FileNotFoundError:
         return 0
-
-
-def _part(path: Path, kind: str, number: int) -> Path:
-    return path / "parts" / f"{kind}-{number:05d}.parquet"
-
-
-def _parts(path: Path, kind: str, number: int) -> list[Path]:
-    return [_part(path, kind, index) for index in range(1, number + 1)]
-
-
-def _all_parts(path: Path) -> Iterator[tuple[Path, str, int | None]]:
-    """Every part file with its kind and number; the number is None for one that is half written."""
-    for part in (path / "parts").glob("*"):
-        if match := re.fullmatch(r"(metrics|evaluations)-(\d+)\.parquet(\.tmp-\d+)?", part.name):
-            yield part, match[1], None if match[3] else int(match[2])
-
-
-@contextlib.contextmanager
-def _written_aside(target: Path) -> Iterator[Path]:
-    """A name to write to, which becomes ``target`` if all goes well and disappears if not."""
-    target.parent.mkdir(parents=True, exist_ok=True)
-    aside = target.with_name(f"{target.name}.tmp-{os.getpid()}")
-    try:
-        yield aside
-        os.replace(aside, target)
-        sync(target.parent)
-    except BaseException:
-        with contextlib.suppress(OSError):
-            aside.unlink(missing_ok=True)
-        raise
-
-
-def _table(kind: str, rows: Mapping[str, np.ndarray]) -> "pyarrow.Table":
-    """Columns as a table, with the key columns in front and in their types."""
-    import pyarrow as pa
-
-    keys = _KINDS[kind]
-    if missing := [name for name in keys if name not in rows]:
-        raise ValueError(f"{kind} rows have no column {missing[0]}; they have {', '.join(rows)}")
-    if kind == "evaluations" and (extra := [name for name in rows if name not in keys]):
-        raise ValueError(f"evaluation rows have the extra column {extra[0]}")
-    columns = {}
-    for name in [*keys, *(name for name in rows if name not in keys)]:
-        column = np.asarray(rows[name])
-        column = column.astype(keys[name]) if name in keys else column
-        if column.ndim != 1 or len(column) != len(rows["config"]):
-            raise ValueError(f"column {name} has shape {column.shape}; expected ({len(rows['config'])},)")
-        # Half precision and JAX's own small floats are not for tables.
-        small_float = column.dtype.itemsize < 4 and column.dtype.kind not in "biuU"
-        columns[name] = pa.array(column.astype(np.float32) if small_float else column)
-    return pa.table(columns)
-
-
-def _write_parquet(path: Path, table: "pyarrow.Table") -> None:
-    import pyarrow.parquet as pq
-
-    pq.write_table(table, path)
-    sync(path)
-
-
-def _read_part(path: Path) -> "pyarrow.Table":
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    try:
-        return pq.read_table(path)
-    except (OSError, pa.ArrowException) as error:
-        raise RunError(f"{path} cannot be read: {str(error).splitlines()[0]}") from error
-
-
-def _merge(path: Path, kind: str, number: int) -> None:
-    """Streams parts 1 to ``number`` into one table. Without parts it makes none."""
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    if not number:
-        return
-    target = path / f"{kind}.parquet"
-    # The number says up to which part the table goes, for load.
-    schema = _read_part(_part(path, kind, 1)).schema.with_metadata({"pgjax.parts": str(number)})
-    with disk_errors(target), _written_aside(target) as aside:
-        with pq.ParquetWriter(aside, schema) as writer:
-            waiting: list[pa.Table] = []
-            for index, part in enumerate(_parts(path, kind, number), 1):
-                waiting.append(_read_part(part).replace_schema_metadata(schema.metadata))
-                if index == number or sum(table.num_rows for table in waiting) >= _MERGE_ROWS:
-                    writer.write_table(pa.concat_tables(waiting).combine_chunks())
-                    waiting = []
-        sync(aside)
-
-
-def _read_rows(path: Path, kind: str, number: int | None) -> "pandas.DataFrame":
-    """Rows of parts 1 to ``number``; None means that there is no checkpoint to say how many count."""
-    import pandas
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    merged = path / f"{kind}.parquet"
-    try:
-        if merged.exists():
-            parts = int((pq.read_schema(merged).metadata or {}).get(b"pgjax.parts", b"-1"))
-            # Somebody may have kept the tables and thrown the checkpoints and parts away.
-            if number is None or parts == number:
-                return pq.read_table(merged).to_pandas()
-        if not number:
-            return pandas.DataFrame({name: np.zeros(0, dtype) for name, dtype in _KINDS[kind].items()})
-        return pa.concat_tables(pq.read_table(part) for part in _parts(path, kind, number)).to_pandas()
-    except (OSError, pa.ArrowException) as error:
-        raise RequestError(f"{kind} of {path} cannot be read: {str(error).splitlines()[0]}") from error
