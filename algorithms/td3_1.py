@@ -106,7 +106,7 @@ def make(env, setup: Setup = Setup(), hypers: Hypers = Hypers()):  # noqa: B008
             params=ActorCritic(actor, critics), opt_state=ActorCritic(actor_state, critic_state), extra=targets
         ), metrics
 
-    return incremental.make(
+    algorithm = incremental.make(
         "td3_1",
         env,
         setup,
@@ -117,3 +117,10 @@ def make(env, setup: Setup = Setup(), hypers: Hypers = Hypers()):  # noqa: B008
         init_extra=lambda core, hypers, params: params,
         noise_scale=lambda hypers: hypers.exploration_noise,
     )
+
+    def warm_start(state, policy):
+        state = algorithm.warm_start(state, policy)
+        # Else targets would be those of a policy drawn at random, until its copy has caught up.
+        return state.replace(learner=state.learner.replace(extra=state.learner.extra._replace(actor=policy.actor)))
+
+    return algorithm._replace(warm_start=warm_start)

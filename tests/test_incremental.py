@@ -409,6 +409,19 @@ def test_without_entropy_and_scale_iac_is_the_textbooks(float64):
     np.testing.assert_allclose(change["spread"]["kernel"], delta * np.outer(s, (noise**2 - 1) / 2), rtol=1e-5)
 
 
+# ---- Warm starts ----------------------------------------------------------------------------------------------------
+
+
+def test_a_warm_start_copies_the_policy_for_its_targets_too():
+    """TD3 values what the copy of its actor does: it must be the actor that was given, not the one drawn at random."""
+    algorithm = make("td3_1", ENV, **TINY)
+    fresh, other = (algorithm.init(jax.random.key(seed), algorithm.hypers) for seed in range(2))
+    assert not equal_trees(fresh.learner.params.actor, other.learner.params.actor)
+    warm = algorithm.warm_start(fresh, algorithm.policy(other)).learner
+    assert equal_trees(warm.params.actor, other.learner.params.actor)
+    assert equal_trees(warm.extra.actor, warm.params.actor) and equal_trees(warm.extra.critic, warm.params.critic)
+
+
 # ---- Learners side by side ------------------------------------------------------------------------------------------
 
 

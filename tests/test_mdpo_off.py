@@ -85,6 +85,21 @@ def test_expected_costs_make_the_divergence_of_the_specification(float64, index,
     np.testing.assert_allclose(loss + constant, expected, atol=1e-6)
 
 
+@pytest.mark.parametrize("index", [1.0, 1.3, 2.0])
+def test_divergences_are_positive_but_for_the_policy_itself(float64, index):
+    rng = np.random.default_rng(0)
+    new, old = (Categorical(jnp.asarray(rng.normal(size=(200, 4)))) for _ in range(2))
+
+    def divergence(new, old):
+        of_new, of_old = (draw_actions(dist, jax.random.key(0)) for dist in (new, old))
+        costs = (mdpo_off.tsallis_cost(dist, of_new, index) for dist in (new, old))
+        constant = (index - 1) * expect(of_old, mdpo_off.tsallis_cost(old, of_old, index))
+        return expect(of_new, mdpo_off.mdpo_policy_loss(*costs, 0.0, 0.0, 1.0, index)) + constant
+
+    assert divergence(new, old).min() > 1e-4
+    np.testing.assert_allclose(divergence(old, old), 0, atol=1e-14)
+
+
 def test_where_the_index_is_one_the_cost_is_log_pi_above_the_floor(float64):
     rng = np.random.default_rng(0)
     dist = TanhGaussian(*(jnp.asarray(0.5 * rng.normal(size=(20, 2))) for _ in range(2)))
@@ -149,6 +164,22 @@ def test_loss_at_the_older_copy_and_the_gradients_mean(float64):
         np.testing.assert_allclose(slope, 0, atol=5 * 2 / np.sqrt(num) / np.exp(log_std.min()))
     q, cost = jnp.asarray(rng.normal(size=5)), jnp.asarray(rng.normal(size=5))
     np.testing.assert_allclose(mdpo_off.mdpo_policy_loss(cost, cost, q, 0.3, 2.0), 0.3 * cost - q, rtol=1e-12)
+
+
+def test_at_the_older_copy_only_the_sample_moves_its_density(float64):
+    """At θ = θ_old: the value of SAC's loss, but not its gradient, for the older copy is seen through the sample alone."""
+    core, learner, batch = problem(False, mdpo_off, mdpo_off.Setup(), HYPERS)
+    np.testing.assert_array_equal(learner.extra.actor, learner.params.actor)
+    actor, critic, obs = (np.asarray(x) for x in (learner.params.actor, learner.params.critic, batch.obs))
+    noise = np.asarray(jax.random.normal(jax.random.split(jax.random.key(3))[1], (N, A)))
+    ours, sacs = (Reference(False, "v", True, HYPERS, 0.4, 1.0, c, older=actor, floor=1e-6) for c in (1.5, None))
+    losses = [lambda x, loss=reference: loss.policy_loss(x, critic[:14], obs, noise) for reference in (ours, sacs)]
+    np.testing.assert_allclose(losses[0](actor), losses[1](actor), rtol=1e-12)
+    slopes = [gradient(loss, actor) for loss in losses]
+    assert np.abs(slopes[0] - slopes[1]).max() > 1e-2
+    after, metrics = update(core, learner, batch, HYPERS, jax.random.key(3))
+    np.testing.assert_allclose(metrics["loss_policy"], losses[0](actor), rtol=1e-9)
+    np.testing.assert_allclose(after.params.actor, actor - 0.1 * slopes[0] / (np.abs(slopes[0]) + 1), atol=1e-7)
 
 
 @pytest.mark.parametrize("period", [1, 3])

@@ -187,6 +187,20 @@ def test_observation_statistics_are_those_of_all_observations_acted_on():
     assert obs.max() == 2, "stored as they came"
 
 
+def test_minibatches_are_normalised_with_the_statistics_from_before_the_step():
+    """Observation and successor alike: on the ramp they are one apart, so 1 / σ when normalised."""
+
+    def update(core, key, learner, batch, hypers):
+        return learner, {"loss_value": (batch.final_obs - batch.obs).mean()}
+
+    setup = off_policy.Setup(**{**TINY, "normalize_obs": True})
+    algorithm = off_policy.make("bare", Ramp(), setup, off_policy.Hypers(), update=update)
+    _, metrics = jax.jit(algorithm.step)(algorithm.init(jax.random.key(0), algorithm.hypers), algorithm.hypers)
+    seen = np.arange(20) % 3
+    expected = [1 / seen[:t].std() for t in range(setup.warmup_steps, 20)]
+    np.testing.assert_allclose(metrics["loss_value"], np.mean(expected), rtol=1e-5)
+
+
 def test_a_spoiled_reward_freezes_the_learner_at_once_and_acting_goes_on():
     algorithm, start, state, metrics = one_step(Ramp(spoiled=0.0), normalize_obs=True)
     assert metrics["nonfinite"] == 1 and all(np.isfinite(v) for n, v in metrics.items() if not n.startswith("episode_"))

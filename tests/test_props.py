@@ -18,6 +18,7 @@ from pgjax import metrics, on_policy, sampling_error
 from pgjax.algorithms import ppo, props, ros
 from pgjax.distributions import Categorical, DiagGaussian
 from pgjax.errors import RequestError
+from pgjax.experiments import presets
 from pgjax.networks import ActorCritic, Networks
 from pgjax.spaces import Box, Discrete
 from pgjax.types import TimeStep
@@ -575,6 +576,51 @@ def test_the_reference_is_what_the_target_would_have_collected():
         # One free parameter and 256 samples.
         assert abs(found.mean() - 1 / 512) < 4 * np.sqrt(2) / 512 / np.sqrt(50)
     assert (rows["action_frequency_gap"] < 0.2).all() and (rows["action_frequency_gap"] > 0).any()
+
+
+# ---- Presets --------------------------------------------------------------------------------------------------------
+
+# Target's batch and learning rate; behaviour's batch, learning rate, limit of the KL, its coefficient, minibatches, clip range.
+MUJOCO = {
+    "Swimmer": (1e6, 2048, 1e-3, 1024, 1e-5, 0.03, 0.1, 16, 0.3),
+    "Hopper": (1e6, 2048, 1e-3, 256, 1e-3, 0.05, 0.3, 16, 0.3),
+    "HalfCheetah": (2e6, 1024, 1e-4, 512, 1e-3, 0.05, 0.3, 16, 0.3),
+    "Walker2d": (2e6, 2048, 1e-3, 256, 1e-3, 0.1, 0.3, 32, 0.3),
+    "Ant": (4e6, 2048, 1e-4, 256, 1e-3, 0.03, 0.1, 16, 0.05),
+    "Humanoid": (6e6, 8192, 1e-4, 256, 1e-4, 0.1, 0.1, 32, 0.3),
+}
+
+
+@pytest.mark.parametrize("task", MUJOCO)
+@pytest.mark.parametrize("version", ["v4", "v5"])
+def test_presets_of_mujoco_are_the_released_settings(task, version):
+    preset = presets.find("auto", "props", f"mujoco/{task}-{version}")
+    setup, hypers = preset["setup"], preset["hypers"]
+    found = (
+        *(preset["total_env_steps"], setup["num_steps"], hypers["learning_rate"], setup["behavior_num_steps"]),
+        *(hypers["behavior_learning_rate"], hypers["behavior_target_kl"], hypers["behavior_kl_coef"]),
+        *(setup["behavior_minibatches"], hypers["behavior_clip_eps"]),
+    )
+    assert found == MUJOCO[task]
+    assert (setup["buffer_batches"], setup["num_epochs"], setup["num_minibatches"], setup["behavior_epochs"]) == (2, 10, 32, 16)
+
+
+@pytest.mark.parametrize("task", ["TwoStep", "GridWorld-5x5"])
+def test_presets_of_the_toy_tasks_are_the_released_settings(task):
+    """One minibatch in both fits, the authors' entropy bonus and time limit; on TwoStep the learning rate falls to zero."""
+    for name in ("ppo", "props", "ros"):
+        preset = presets.find("auto", name, f"toy/{task}")
+        setup, hypers = preset["setup"], preset["hypers"]
+        assert (setup["num_epochs"], setup["num_minibatches"], setup["boundary"]) == (1, 1, "terminate")
+        assert hypers["entropy_coef"] == 0.01 and setup["advantage_std"] == "sample"
+        assert setup.get("learning_rate_schedule", "linear") == ("linear" if task == "TwoStep" else "constant")
+    preset = presets.find("auto", "props", f"toy/{task}")
+    setup, hypers = preset["setup"], preset["hypers"]
+    assert (setup["behavior_epochs"], setup["behavior_minibatches"], setup["buffer_batches"]) == (16, 1, 1)
+    assert (hypers["behavior_clip_eps"], hypers["behavior_kl_coef"], hypers["behavior_target_kl"]) == (0.3, 0, 1)
+    found = preset["total_env_steps"], setup["num_steps"], hypers["learning_rate"]
+    found += setup["behavior_num_steps"], hypers["behavior_learning_rate"]
+    assert found == ((40_000, 200, 0.5, 5, 0.5) if task == "TwoStep" else (60_000, 300, 0.01, 30, 0.005))
 
 
 # ---- Requests that cannot work --------------------------------------------------------------------------------------

@@ -91,6 +91,14 @@ def test_numbers_typed_a_second_time():
         assert entry["values"][task] == expected, (stem, name, task)
 
 
+def test_what_is_off_policy_is_told_from_what_is_not():
+    """MDPO is two methods of one name."""
+    found = {entry.name: entry.algorithm for entry in read_paper("mdpo").numbers if "MDPO" in entry.name}
+    assert len(found) == 5
+    for name, algorithm in found.items():
+        assert algorithm == ("mdpo_off" if name.startswith("off-policy") else "mdpo"), name
+
+
 def test_kept_results_name_no_folder_of_a_machine():
     for path in sorted(RESULTS.glob("*.json")):
         assert not re.findall(r'"/[^"]*"', path.read_text()), path.name

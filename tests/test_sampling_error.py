@@ -150,6 +150,39 @@ def test_what_the_authors_leave_free():
     assert free.sum() == 326 and free.size == 326 + 11 * 64 + 64 * 64
 
 
+def test_the_authors_fit_step_by_step(float64):
+    """A buffer of two batches of 1024: two minibatches a pass, gradients cut to norm one, log σ held at 1 without a slope."""
+    case = synthetic.shipped(ppo, num_steps=256, sampling_error="authors", sampling_error_epochs=2)
+    policy = synthetic.random_policy() | {"s": np.array([0.3, 1.4])}
+    rng, shape = np.random.default_rng(2), (512, synthetic.B)
+    obs = rng.normal(size=(*shape, synthetic.O))
+    # Far from what the policy does, so that every gradient is cut.
+    action = synthetic.distribution(policy, obs)[0] + 4 + 3 * rng.normal(size=(*shape, synthetic.A))
+    present = np.broadcast_to(np.arange(512)[:, None] >= 100, shape)
+    params = synthetic.make_learner(case, policy).params
+    args = case.core, jax.random.key(5), params, *map(jnp.asarray, (obs, action, present))
+    error = jax.jit(lambda: sampling_error.by_authors(*args))()
+
+    obs, action, present = (x.reshape(2048, *x.shape[2:]) for x in (obs, action, present))
+
+    def held(policy):
+        return policy | {"s": np.clip(policy["s"], -3, 1)}
+
+    fitted, adam = policy, synthetic.Adam(len(synthetic.vector(policy)))
+    for key in jax.random.split(jax.random.key(5), 2):
+        for rows in np.asarray(jax.random.permutation(key, 2048)).reshape(2, 1024):
+            rows = rows[present[rows]]
+            to_mean, to_log_std = synthetic.score(held(fitted), obs[rows], action[rows])
+            to_log_std = to_log_std * (np.abs(fitted["s"] + 1) <= 2)
+            gradient = synthetic.pull_back(obs[rows], to_mean / len(rows), to_log_std / len(rows))
+            assert np.linalg.norm(gradient) > 1
+            fitted = synthetic.moved(fitted, 1e-3 * adam.direction(gradient / np.linalg.norm(gradient)))
+    assert fitted["s"][0] > 0.3 and fitted["s"][1] == 1.4
+    after, before = (synthetic.log_prob(held(p), obs, action)[present].mean() for p in (fitted, policy))
+    assert after > before
+    np.testing.assert_allclose(error, after - before, rtol=1e-9)
+
+
 def metrics_of(name, **setup):
     """Names that a method reports."""
     fields = get(name).Setup.__dataclass_fields__
