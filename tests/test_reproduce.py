@@ -324,3 +324,16 @@ def test_smoke_of_a_paper(tmp_path, capsys, name):
     assert all(np.isfinite(each.scores("mode")).all() for each in results)
     rows = verdicts.number_rows(read_paper(name), results)
     assert not {row.verdict for row in rows} & {"inside", "above", "below"} and str(tmp_path) in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("statistic", "trim"), [("mean", 0.0), ("iqm", 0.25)])
+@pytest.mark.parametrize("sizes", [(3, 10), (9, 16)])
+def test_a_difference_of_two_means_has_scipys_interval(statistic, trim, sizes):
+    """Welch's for means, Yuen's for interquartile means."""
+    x, y = (np.random.default_rng(size).gamma(2.0, 100.0, size) for size in sizes)
+    (ours, *error), (theirs, *other) = (verdicts.centre(scores, statistic) for scores in (x, y))
+    kept = [np.sort(scores)[(cut := int(trim * len(scores))) : len(scores) - cut] for scores in (x, y)]
+    np.testing.assert_allclose((ours, theirs), [part.mean() for part in kept])
+    expected = stats.ttest_ind(x, y, equal_var=False, trim=trim)
+    found = verdicts.difference_interval(ours - theirs, *error, *other)
+    np.testing.assert_allclose(found[0] / ((found[2] - found[1]) / 2) * stats.t.ppf(0.975, expected.df), expected.statistic)

@@ -53,6 +53,7 @@ class Numbers:
     """Published numbers of one method under one protocol.
 
     run: the run of ours in these settings, that stands beside them; empty if there is none.
+    statistic: over seeds, ``mean`` or ``iqm``; ours is the same.
     values: by published environment ``[value]``, ``[value, spread]`` or ``[value, low, high]``. The rest as in the file.
     """
 
@@ -72,6 +73,11 @@ class Numbers:
     not_comparable: str = ""
     remark: str = ""
     run: str = ""
+    statistic: str = "mean"
+
+    def __post_init__(self):
+        if self.statistic not in ("mean", "iqm"):
+            raise RequestError(f"{self.name}: statistic = {self.statistic!r} must be mean or iqm")
 
     def env_of(self, published: str) -> str:
         """Our environment beside a published one; empty if there is none."""

@@ -25,7 +25,8 @@ CLAIM_VERDICTS = ("holds", "undecided", "contradicted", "not run", "not tested")
 class NumberRow:
     """A published number and ours.
 
-    ours, low, high: our mean over seeds and its 95 % interval.  difference: ours less published, with its interval.
+    ours, low, high: our mean over seeds, or interquartile mean, and its 95 % interval.
+    difference: ours less published, with its interval.
     verdict: ``inside`` if the difference's interval holds 0, ``above`` or ``below`` if ours is; else why there is none.
     """
 
@@ -86,6 +87,23 @@ def mean_interval(scores: np.ndarray) -> tuple[float, float, float]:
     return mean, mean - half, mean + half
 
 
+def centre(scores: np.ndarray, statistic: str = "mean") -> tuple[float, float, float]:
+    """Mean or interquartile mean of scores [S], its standard error and the degrees of freedom of that.
+
+    A quarter of the scores at either end, rounded down, is left out of the interquartile mean; its error is that of a trimmed
+    mean, from the winsorised variance (Tukey and McLaughlin 1963).
+    """
+    cut = len(scores) // 4 if statistic == "iqm" else 0
+    sorted_scores = np.sort(np.asarray(scores, np.float64))
+    kept = len(scores) - 2 * cut
+    mean = float(np.mean(sorted_scores[cut : len(scores) - cut]))
+    if kept < 2:
+        return mean, math.inf, 1
+    winsorised = np.clip(sorted_scores, sorted_scores[cut], sorted_scores[-1 - cut])
+    error = np.std(winsorised, ddof=1) * math.sqrt(len(scores) - 1) / math.sqrt(kept * (kept - 1))
+    return mean, float(error), kept - 1
+
+
 def difference_interval(
     mean: float, error: float, df: float, other_error: float, other_df: float
 ) -> tuple[float, float, float]:
@@ -117,12 +135,12 @@ def _number_row(numbers: Numbers, env: str, value: list[float], results: Sequenc
         scores = runs[0].scores(numbers.metric, numbers.env_steps or None)
     except RequestError as error:
         return dataclasses.replace(row, why=str(error))
-    mean, low, high = mean_interval(scores)
+    mean, error, df = centre(scores, numbers.statistic)
+    _, low, high = difference_interval(mean, error, df, 0.0, math.inf)
     row = dataclasses.replace(row, ours=mean, low=low, high=high, seeds=len(scores))
     if len(scores) < 2:
         return dataclasses.replace(row, why="one seed of ours has no interval")
-    error = np.std(scores, ddof=1) / math.sqrt(len(scores))
-    difference = difference_interval(mean - value[0], float(error), len(scores) - 1, *_published_error(numbers, value))
+    difference = difference_interval(mean - value[0], error, df, *_published_error(numbers, value))
     verdict = "inside" if difference[1] <= 0 <= difference[2] else "above" if difference[0] > 0 else "below"
     return dataclasses.replace(
         row,
