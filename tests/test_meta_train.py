@@ -124,6 +124,9 @@ def test_a_loop_cut_short_goes_on_bit_for_bit(undisturbed, tmp_path, often, how)
     np.testing.assert_array_equal(learned.params["x"], expected.params["x"])
     assert rows == expected_rows
     assert len(learned.provenance["sessions"]) == 2
+    after, whole = (json.loads((folder / "meta.json").read_text()) for folder in (out, undisturbed))
+    assert after["status"] == "finished"
+    assert all(after[name] == whole[name] for name in whole if name not in ("sessions", "request"))
     assert loop.meta_train(toy(), out, 12, request={"name": "toy"}, resume=True, say=lines.append)
     assert "finished already" in lines[-1]
 

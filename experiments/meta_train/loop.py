@@ -75,8 +75,10 @@ def meta_train(
     out.mkdir(parents=True, exist_ok=True)
     with hold_folder(out, _LOCK):
         if resume:
-            meta = _read(out)
-            _check_same(meta["request"], request, out)
+            there = _read(out)
+            _check_same(there["request"], request, out)
+            # What came of the sessions before is measured anew at the end of this one.
+            meta = {name: there[name] for name in ("request", "sessions", "kind", "convention")}
         else:
             # The devices are a fact of the machine, recorded with it, not of the request.
             meta = {"request": request, "sessions": [], "kind": trainer.kind, "convention": trainer.convention}
@@ -202,7 +204,7 @@ class _Loop:
         file = learned_files.save(
             self.out / "learned.npz", learned_files.Learned(self.trainer.kind, params, self.trainer.convention, provenance)
         )
-        self._write_meta(status=status, **{key: value for key, value in provenance.items() if key not in self.meta})
+        self._write_meta(status=status, **{name: value for name, value in provenance.items() if name not in self.meta})
         draw_curve(self.out, self.trainer.curve)
         self.say(f"{status} after {done} steps, {seconds:.0f} s here, {speed:,.0f} inner env steps/s; learned so far: {file}")
         if status == "interrupted":
@@ -210,7 +212,6 @@ class _Loop:
             self.say(f"continue with: {shlex.join([*words[:3], '--out', str(self.out), '--resume'])}")
 
     def _write_meta(self, **facts) -> None:
-        self.meta = {**self.meta, **facts} if set(facts) <= {"status", "steps_done"} else self.meta
         content = {"format": FORMAT, "version": VERSION, **self.meta, **facts}
         path = self.out / "meta.json"
         aside = path.with_name(path.name + ".tmp")

@@ -61,7 +61,7 @@ def save(path: str | os.PathLike[str], learned: Learned) -> Path:
         **{part: getattr(learned, part) for part in ("kind", "convention", "provenance")},
     }
     content = io.BytesIO()
-    np.savez(content, meta=np.asarray(json.dumps(to_json(body))), **arrays)  # pyright: ignore[reportArgumentType]
+    np.savez_compressed(content, meta=np.asarray(json.dumps(to_json(body))), **arrays)  # pyright: ignore[reportArgumentType]
     aside = path.with_name(path.name + ".tmp")
     with disk_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
