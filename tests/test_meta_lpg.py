@@ -10,20 +10,25 @@ from pgjax import checkpoints, learned_files
 from pgjax.algorithms import lpg, make
 from pgjax.envs import make_env
 from pgjax.errors import RequestError
-from pgjax.experiments.meta_train import get, groove, levels, loop, picture
+from pgjax.experiments.meta_train import agents, get, groove, held_out, levels, loop, picture
 from pgjax.experiments.meta_train import lpg as meta
 from pgjax.learned_files import Learned
 from pgjax.learned_rule import RuleInputs, RuleSpec, apply_rule, convention_of, init_rule
 
 T, B, S = 4, 3, 3
 SPEC = RuleSpec(num_predictions=3, hidden_size=4, embedding_size=3)
-OUTCOME = meta.Outcome(policy_entropy=0.3, prediction_entropy=0.2, pi_hat_cost=0.4, y_hat_cost=0.5)
+OUTCOME = dict(policy_entropy=0.3, prediction_entropy=0.2, pi_hat_cost=0.4, y_hat_cost=0.5)
+CURRICULUM = levels.Curriculum("alg_regret", buffer_size=40, p_replay=0.5, transform="rank", temperature=1.0, staleness=0.0)
 TINY = dict(levels="debug", agents=4, parts=2, num_envs=4, num_steps=5, window=2, hidden_size=8, num_predictions=3)
 
 
-def inner_of(window, outcome=OUTCOME, spec=SPEC):
-    options = dict(actor_lr=2.0, predictor_lr=1.5, outcome=outcome)
-    return meta.make_inner("debug", spec, num_envs=B, num_steps=T, window=window, **options)
+def trainer_of(**options):
+    return meta.build(meta.Args(**{**TINY, **options}))
+
+
+def inner_of(window, spec=SPEC):
+    options = dict(levels="debug", num_envs=B, num_steps=T, window=window, actor_lr=2.0, predictor_lr=1.5)
+    return meta.inner_of(meta.Args(**options, **OUTCOME), spec)
 
 
 def rollouts_of(num, reward=None, seed=0):
@@ -113,7 +118,7 @@ class Reference:
 
 def agent_and_rule(inner):
     level = inner.env.default_params
-    agent = meta.new_agent(inner, jax.random.key(0), level, 1000.0)
+    agent = agents.new_agent(inner, jax.random.key(0), level, 1000.0)
 
     def big(tree):
         return jax.tree.map(lambda x: 20 * x, tree)
@@ -144,7 +149,7 @@ def test_the_meta_gradient_is_that_of_finite_differences(float64, window):
     collect = from_these(rollouts, inner)
 
     def loss(rule):
-        return meta.live(inner, rule, agent, jax.random.key(0), collect)
+        return agents.live(inner, rule, agent, jax.random.key(0), collect)
 
     (value, (after, lived)), gradient = jax.jit(jax.value_and_grad(loss, has_aux=True))(rule)
     flat, back = ravel_pytree(rule)
@@ -168,14 +173,14 @@ def test_the_meta_gradient_is_that_of_finite_differences(float64, window):
 def test_the_critic_learns_constant_rewards():
     """A reward of 1 in each of four states, one after the other: the values are sums of what is left of the episode."""
     inner = inner_of(1)
-    agent = meta.new_agent(inner, jax.random.key(0), inner.env.default_params, 1000.0)
+    agent = agents.new_agent(inner, jax.random.key(0), inner.env.default_params, 1000.0)
     number = np.broadcast_to(np.array([0, 1, 2, 3, 0])[:, None, None], (T + 1, B, 1))
     obs = jnp.asarray(np.concatenate([number, 0 * number], -1), jnp.float32)
     end = jnp.zeros((T, B), bool).at[-1].set(True)
     rollout = lpg.Rollout(obs, jnp.zeros((T, B), jnp.int32), jnp.ones((T, B)), end)
 
     def one(carry, _):
-        *carry, loss = meta.fit_critic(inner, *carry, rollout)
+        *carry, loss = agents.fit_critic(inner, *carry, rollout)
         return tuple(carry), loss
 
     (critic, _), losses = jax.jit(lambda *start: jax.lax.scan(one, start, length=100))(agent.critic, agent.critic_opt)
@@ -210,7 +215,7 @@ def test_the_buffer_keeps_its_promises():
         keys = jax.random.split(key)
         renewed = levels.renew_lowest(buffer, numbered, keys[0], num)
         recorded = levels.record(renewed, slots, ended, score)
-        return renewed, *levels.choose(recorded, keys[1], slots, ended, now, p_replay=0.7)
+        return renewed, *levels.choose(recorded, keys[1], slots, ended, now, CURRICULUM._replace(p_replay=0.7))
 
     for now in range(1, 60):
         ended = rng.random(num) < 0.6
@@ -253,7 +258,8 @@ SCORE = [0.3, -1.0, 2.0, 0.5, 1.1, 0.0]
 
 def chosen(num_keys=1, **options):
     buffer, slots = full(SCORE)
-    pick = jax.jit(jax.vmap(lambda key: levels.choose(buffer, key, slots, jnp.ones(4, bool), 3, **options)[1]))
+    curriculum = CURRICULUM._replace(**options)
+    pick = jax.jit(jax.vmap(lambda key: levels.choose(buffer, key, slots, jnp.ones(4, bool), 3, curriculum)[1]))
     return jax.tree.map(np.asarray, pick(jax.random.split(jax.random.key(0), num_keys)))
 
 
@@ -263,7 +269,8 @@ def test_how_often_levels_are_replayed():
     assert abs(share - 0.3) < 4 * np.sqrt(0.21 / 10_000)
     # Never before there are as many scored levels as agents.
     buffer, slots = full(SCORE[:3])
-    assert not levels.choose(buffer, jax.random.key(0), slots, jnp.ones(4, bool), 3, p_replay=1.0)[1].replayed.any()
+    always = CURRICULUM._replace(p_replay=1.0)
+    assert not levels.choose(buffer, jax.random.key(0), slots, jnp.ones(4, bool), 3, always)[1].replayed.any()
 
 
 def test_what_is_replayed():
@@ -283,9 +290,9 @@ def test_what_is_replayed():
 def test_levels_that_were_not_played_for_long():
     buffer, _ = full(SCORE)
     buffer = buffer.replace(played=buffer.played.at[:6].set(jnp.array([9, 9, 9, 9, 0, 9])))
-    weight = jnp.exp(levels.replay_weight(buffer, 9, "rank", 1.0, staleness=1.0))
+    weight = jnp.exp(levels.replay_weight(buffer, 9, CURRICULUM._replace(staleness=1.0)))
     np.testing.assert_allclose(weight[:6], [0, 0, 0, 0, 1, 0], atol=1e-6)
-    half = jnp.exp(levels.replay_weight(buffer, 9, "rank", 1.0, staleness=0.5))
+    half = jnp.exp(levels.replay_weight(buffer, 9, CURRICULUM._replace(staleness=0.5)))
     ranks = 1 / np.array([4, 6, 1, 3, 2, 5])
     expected = 0.5 * ranks / ranks.sum() + 0.5 * np.array([0, 0, 0, 0, 1, 0])
     np.testing.assert_allclose(half[:6], expected, rtol=1e-5)
@@ -304,7 +311,7 @@ def test_without_replay_levels_are_those_of_plain_lpg():
         ended = jax.random.bernoulli(keys[0], 0.5, (num,))
         buffer = levels.renew_lowest(buffer, numbered, keys[1], num)
         buffer = levels.record(buffer, slots, ended, buffer.level[slots])
-        buffer, choice = levels.choose(buffer, keys[2], slots, ended, 1, p_replay=0.0)
+        buffer, choice = levels.choose(buffer, keys[2], slots, ended, 1, CURRICULUM._replace(p_replay=0.0))
         return (buffer, choice.slots), (buffer.level[choice.slots], ended)
 
     _, (found, ended) = jax.lax.scan(turn, (buffer, slots), jax.random.split(jax.random.key(2), 400))
@@ -335,12 +342,12 @@ def test_only_those_that_need_it_are_computed():
 
 
 def test_regret_of_an_agent_to_its_like_is_zero_and_scales_with_rewards():
-    inner = meta.make_inner("debug", SPEC, num_envs=8, num_steps=5, window=1, outcome=OUTCOME)
-    num, setup, hypers = 48, inner.setup, inner.algorithm.hypers
-    sampled = meta.held_out(inner.env.family, num)
+    inner = meta.inner_of(meta.Args(levels="debug", num_envs=8, num_steps=5), SPEC)
+    num = 48
+    sampled = held_out.sample(inner.family, num)
 
     def both(level, key):
-        one, other = (levels.a2c_return(inner.env, setup, hypers, levels.A2C(), level, 20, k) for k in jax.random.split(key))
+        one, other = (agents.a2c_earns(inner, level, 20, k) for k in jax.random.split(key))
 
         def uniform(obs, key):
             return jax.random.randint(key, obs.shape[:1], 0, 5)
@@ -363,7 +370,7 @@ def test_regret_of_an_agent_to_its_like_is_zero_and_scales_with_rewards():
 
 
 def test_groove_from_meta_update_to_meta_update():
-    trainer = meta.make(**TINY, lifetime=(4, 8), score="alg_regret", buffer_size=14, p_replay=1.0, eval_levels=1)
+    trainer = trainer_of(lifetime=(4, 8), score="alg_regret", buffer_size=14, p_replay=1.0, eval_levels=1)
     state, step = jax.jit(trainer.init)(jax.random.key(0)), jax.jit(trainer.step)
     ages = np.asarray(state.agents.state.env_steps) // 20
     assert (ages < state.agents.lifetime).all() and len(set(ages)) > 1, "not all are born at once"
@@ -388,9 +395,8 @@ def test_groove_from_meta_update_to_meta_update():
 
 
 def test_evolution_of_whole_lives():
-    trainer = meta.make(
-        **{**TINY, "temporal": "relative"}, lifetime=(2, 5), method="evolution", lr=0.01, start="zero", eval_levels=1
-    )
+    options = dict(temporal="relative", lifetime=(2, 5), method="evolution", lr=0.01, start="zero", eval_levels=1)
+    trainer = trainer_of(**options)
     state = jax.jit(trainer.init)(jax.random.key(0))
     assert (ravel_pytree(trainer.learned(state))[0] == 0).all()
     state, metrics = jax.jit(trainer.step)(state)
@@ -402,7 +408,7 @@ def test_partners_begin_alike_and_short_lives_end_early():
     inner = inner_of(1, spec=RuleSpec(num_predictions=3, hidden_size=4, embedding_size=3, temporal="relative"))
     rule = init_rule(inner.algorithm.core.spec, jax.random.key(5))
     level, keys = inner.env.default_params, jax.random.split(jax.random.key(0), 3)
-    grown = jax.jit(lambda life, key_life, longest: meta.raised(inner, rule, level, life, keys[0], key_life, longest))
+    grown = jax.jit(lambda life, key_life, longest: agents.raised(inner, rule, level, life, keys[0], key_life, longest))
     one, other = (grown(jnp.float32(3), key, 0) for key in keys[1:])
     for a, b in zip(
         jax.tree.leaves((one.learner, one.env_state)), jax.tree.leaves((other.learner, other.env_state)), strict=True
@@ -424,10 +430,11 @@ def test_requests_that_make_no_sense_are_refused():
         ({"score": "alg_regret", "p_replay": 1.5}, "p_replay = 1.5"),
         ({"score": "alg_regret", "method": "evolution"}, "method = 'evolution'"),
         ({"levels": "rand_small", "score": "optimal_regret"}, "optimal_regret"),
-        ({"agents": 0}, "agents = 0"),
+        ({"agents": 0}, "^agents = 0"),
+        ({"method": "evolve"}, "^method = 'evolve' is not one of gradient, evolution"),
     ):
         with pytest.raises(RequestError, match=words):
-            meta.make(**{**TINY, **changes})
+            trainer_of(**changes)
 
 
 def test_groove_is_lpg_with_a_curriculum():
@@ -454,7 +461,7 @@ def test_the_picture_of_targets(tmp_path):
 def test_meta_training_through_the_loop_equals_its_steps_from_a_checkpoint(method, tmp_path):
     """Six meta-updates by the loop, and three, then three more from disk; two programs, so equal within rounding."""
     options = dict(lifetime=(2, 4), method=method, eval_levels=2, lr=1e-3)
-    trainer = meta.make(**{**TINY, **options}, **({"score": "alg_regret", "buffer_size": 14} if method == "gradient" else {}))
+    trainer = trainer_of(**options, **({"score": "alg_regret", "buffer_size": 14} if method == "gradient" else {}))
     loop.meta_train(trainer, tmp_path / "once", 6, say=lambda text: None)
     state = jax.jit(trainer.init)(jax.random.key(0))
     assert set(learned_files.load(tmp_path / "once" / "learned.npz", "lpg").provenance["held_out"]) >= {"normalized_rule"}
