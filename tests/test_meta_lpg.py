@@ -6,11 +6,11 @@ import numpy as np
 import pytest
 from jax.flatten_util import ravel_pytree
 
-from pgjax import checkpoints, learned_files
+from pgjax import checkpoints, evolution, learned_files
 from pgjax.algorithms import lpg, make
-from pgjax.envs import make_env
+from pgjax.envs import grid_world, make_env
 from pgjax.errors import RequestError
-from pgjax.experiments.meta_train import agents, get, groove, held_out, levels, loop, picture
+from pgjax.experiments.meta_train import agents, get, groove, held_out, levels, loop, picture, whole_lives
 from pgjax.experiments.meta_train import lpg as meta
 from pgjax.learned_files import Learned
 from pgjax.learned_rule import RuleInputs, RuleSpec, apply_rule, convention_of, init_rule
@@ -299,27 +299,46 @@ def test_levels_that_were_not_played_for_long():
     assert (half[6:] == 0).all()
 
 
-def test_without_replay_levels_are_those_of_plain_lpg():
-    """Two-sample Kolmogorov-Smirnov on the numbers that levels are."""
-    num = 8
-    buffer, slots = levels.init_buffer(numbered, jax.random.key(1), 40, num)
+def apart(found, plain):
+    """Two-sample Kolmogorov-Smirnov: whether both cannot be of one distribution, at a level of 0.001."""
+    found, plain = np.sort(found), np.sort(plain)
+    both = np.concatenate([found, plain])
+    shares = [np.searchsorted(x, both, "right") / len(x) for x in (found, plain)]
+    return np.abs(shares[0] - shares[1]).max() > 1.95 * np.sqrt(1 / len(found) + 1 / len(plain))
 
-    @jax.jit
+
+def test_without_replay_levels_are_those_of_plain_lpg():
+    """Of the family that rules are trained on; levels score what their objects pay, so that any preference would show."""
+    num, sample = 8, levels.sampler(grid_world.family("all"), 10, 250)
+    buffer, slots = jax.jit(lambda key: levels.init_buffer(sample, key, 40, num))(jax.random.key(1))
+
     def turn(carry, key):
         buffer, slots = carry
         keys = jax.random.split(key, 3)
         ended = jax.random.bernoulli(keys[0], 0.5, (num,))
-        buffer = levels.renew_lowest(buffer, numbered, keys[1], num)
-        buffer = levels.record(buffer, slots, ended, buffer.level[slots])
+        buffer = levels.renew_lowest(buffer, sample, keys[1], num)
+        buffer = levels.record(buffer, slots, ended, buffer.level.reward[slots].sum(1))
         buffer, choice = levels.choose(buffer, keys[2], slots, ended, 1, CURRICULUM._replace(p_replay=0.0))
-        return (buffer, choice.slots), (buffer.level[choice.slots], ended)
+        return (buffer, choice.slots), (*drawn(buffer, choice.slots), ended)
 
-    _, (found, ended) = jax.lax.scan(turn, (buffer, slots), jax.random.split(jax.random.key(2), 400))
-    found = np.sort(np.asarray(found)[np.asarray(ended)])
-    plain = np.sort(np.asarray(jax.vmap(numbered)(jax.random.split(jax.random.key(3), len(found)))[0]))
-    both = np.concatenate([found, plain])
-    gap = np.abs(np.searchsorted(found, both, "right") - np.searchsorted(plain, both, "right")).max() / len(found)
-    assert gap < 1.95 * np.sqrt(2 / len(found)) and len(found) > 1000
+    def drawn(buffer, slots):
+        level = jax.tree.map(lambda x: x[slots], buffer.level)
+        return level.size, level.reward, level.max_steps_in_episode, buffer.lifetime[slots]
+
+    _, (*found, ended) = jax.lax.scan(turn, (buffer, slots), jax.random.split(jax.random.key(2), 600))
+    found = [np.asarray(x)[np.asarray(ended)] for x in found]
+    level, lifetime = jax.jit(jax.vmap(sample))(jax.random.split(jax.random.key(3), len(found[0])))
+    plain = [np.asarray(x) for x in (level.size, level.reward, level.max_steps_in_episode, lifetime)]
+    assert len(found[0]) > 2000 and set(found[0]) == set(range(4, 11))
+    sizes = [np.bincount(x, minlength=11)[4:] for x in (found[0], plain[0])]
+    # Of seven sizes: chi-square of two samples as large as each other, six degrees of freedom.
+    assert ((sizes[0] - sizes[1]) ** 2 / (sizes[0] + sizes[1])).sum() < 22.5
+    for name, one, other in (("limit", *(x[2] for x in (found, plain))), ("life", *(x[3] for x in (found, plain)))):
+        assert not apart(one, other), name
+    for kind in range(5):
+        assert not apart(found[1][:, kind], plain[1][:, kind]), f"reward of objects of type {kind}"
+    assert not apart(found[1].sum(1), plain[1].sum(1)), "what is scored"
+    assert apart(found[1].sum(1) + 0.3, plain[1].sum(1)), "the test has no power"
 
 
 def test_only_those_that_need_it_are_computed():
@@ -418,6 +437,27 @@ def test_partners_begin_alike_and_short_lives_end_early():
     for a, b in zip(jax.tree.leaves(short.learner), jax.tree.leaves(long.learner), strict=True):
         np.testing.assert_array_equal(a, b)
     assert (one.learner.params.actor != short.learner.params.actor).any() and long.env_steps == 9 * T * B
+
+
+def test_between_equal_partners_it_is_a_fair_coin_who_wins():
+    """One rule for all, as with a σ of zero: neither place in a pair is better, and ties are nobody's."""
+    inner, num = inner_of(1), 384
+    rule = init_rule(SPEC, jax.random.key(5))
+    population = jax.tree.map(lambda x: jnp.broadcast_to(x, (2 * num, *x.shape)), rule)
+
+    @jax.jit
+    def play(key_tasks, key):
+        tasks = jax.vmap(levels.sampler(inner.family, 1, 4))(jax.random.split(key_tasks, num))
+        return whole_lives.fitness_of(inner, population, *tasks, key, parts=2)
+
+    fitness = play(jax.random.key(6), jax.random.key(7))
+    first, second = np.asarray(fitness).reshape(num, 2).T
+    decided = first != second
+    assert decided.sum() > num / 3, "partners have luck of their own"
+    assert abs((first > second)[decided].mean() - 0.5) < 3 * 0.5 / np.sqrt(decided.sum())
+    weights = np.asarray(evolution.pair_ranks(fitness)).reshape(num, 2)
+    assert (weights[~decided] == 0.5).all() and (~decided).sum() > 20
+    assert abs(weights[:, 0].mean() - 0.5) < 3 * 0.5 * np.sqrt(decided.sum()) / num
 
 
 def test_requests_that_make_no_sense_are_refused():

@@ -12,10 +12,12 @@ from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import struct
 
 from pgjax import estimators
 from pgjax.algorithms import lpg
+from pgjax.envs import grid_world
 from pgjax.errors import RequestError
 from pgjax.networks import ActorCritic
 from pgjax.types import Environment, PyTree
@@ -61,6 +63,17 @@ class Choice(NamedTuple):
 
 # ``key -> (level, lifetime)``, consuming the key.
 Sampler = Callable[[jax.Array], tuple[PyTree, jax.Array]]
+
+
+def sampler(family: grid_world.Family, shortest: float, longest: float) -> Sampler:
+    """Levels of ``family``, with lives between these numbers of updates, log-uniform."""
+
+    def sample(key):
+        key_level, key_life = jax.random.split(key)
+        span = jax.random.uniform(key_life, minval=np.log(shortest), maxval=np.log(longest))
+        return family.sample(key_level), jnp.round(jnp.exp(span))
+
+    return sample
 
 
 def check(curriculum: Curriculum, num_agents: int) -> None:

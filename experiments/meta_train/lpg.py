@@ -13,8 +13,6 @@ import dataclasses
 from collections.abc import Callable
 from typing import Any, Literal
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 
 from pgjax.envs import grid_world
@@ -119,11 +117,7 @@ def build(args: Args, pairs: Callable | None = None) -> MetaTrainer:
     if args.score == "optimal_regret" and not inner.family.tabular:
         raise RequestError(f"score = 'optimal_regret' needs levels whose optimum is known, and {args.levels} are not tabular")
 
-    def sample(key):
-        key_level, key_life = jax.random.split(key)
-        span = jax.random.uniform(key_life, minval=np.log(shortest), maxval=np.log(longest))
-        return inner.family.sample(key_level), jnp.round(jnp.exp(span))
-
+    sample = levels_.sampler(inner.family, shortest, longest)
     hypers = inner.algorithm.hypers
     agent = {name: float(getattr(hypers, name)) for name in ("learning_rate", "predictor_lr", "alpha_y", "max_grad_norm")}
     convention = convention_of(

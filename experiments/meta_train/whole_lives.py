@@ -57,7 +57,7 @@ def make(
         key, key_ask, key_tasks, key_runs, key_tell = jax.random.split(state.key, 5)
         population, asked = es.ask(state.es, key_ask)
         level, lifetime = tasks(key_tasks)
-        fitness = fitness_of(population, level, lifetime, key_runs)
+        fitness = fitness_of(inner, population, level, lifetime, key_runs, parts)
         told = es.tell(asked, population, fitness, key_tell)
         pairs = fitness.reshape(num, 2)
         metrics = {
@@ -77,28 +77,6 @@ def make(
         order = jnp.argsort(lifetime)
         return jax.tree.map(lambda x: x[order], (level, lifetime))
 
-    def fitness_of(population, level, lifetime, key):
-        """[P]: what agents earn at the end of their lives; both of a pair are born alike, on the same level."""
-
-        def member(rule, level, lifetime, key, number, longest):
-            # Partners begin as the same agent in the same place, and meet their own luck from then on.
-            key_birth, key_own = jax.random.split(key)
-            key_life, key_play = jax.random.split(jax.random.fold_in(key_own, number))
-            state = raised(inner, rule, level, lifetime, key_birth, key_life, longest)
-            return jnp.where(state.nonfinite, jnp.nan, earns(inner, state.learner, level, key_play))
-
-        keys = jax.random.split(key, num)
-        xs = (jax.tree.map(lambda x: x.reshape(num, 2, *x.shape[1:]), population), level, lifetime, keys)
-        xs = jax.tree.map(lambda x: x.reshape(parts, num // parts, *x.shape[1:]), xs)
-
-        def part(x):
-            rules, level, lifetime, keys = x
-            longest = lifetime.max()
-            both = jax.vmap(member, (0, None, None, None, 0, None))
-            return jax.vmap(lambda a, b, c, d: both(a, b, c, d, jnp.arange(2), longest))(rules, level, lifetime, keys)
-
-        return jax.lax.map(part, xs).reshape(2 * num)
-
     return MetaTrainer(
         init=init,
         step=step,
@@ -107,3 +85,29 @@ def make(
         convention=convention,
         env_steps_per_step=round(2 * num * mean_life * inner.algorithm.env_steps_per_iteration),
     )
+
+
+def fitness_of(inner: Inner, population: PyTree, level: PyTree, lifetime: jax.Array, key: jax.Array, parts: int) -> jax.Array:
+    """What agents earn at the end of their lives, [2 A]; both of a pair are born alike, on the same level.
+
+    Args: population: rules [2 A], partners side by side.  level, lifetime: [A].  parts: of A, one after the other.
+    """
+    num = len(lifetime)
+
+    def member(rule, level, lifetime, key, number, longest):
+        # Partners begin as the same agent in the same place, and meet their own luck from then on.
+        key_birth, key_own = jax.random.split(key)
+        key_life, key_play = jax.random.split(jax.random.fold_in(key_own, number))
+        state = raised(inner, rule, level, lifetime, key_birth, key_life, longest)
+        return jnp.where(state.nonfinite, jnp.nan, earns(inner, state.learner, level, key_play))
+
+    def part(x):
+        rules, level, lifetime, keys = x
+        longest = lifetime.max()
+        both = jax.vmap(member, (0, None, None, None, 0, None))
+        return jax.vmap(lambda a, b, c, d: both(a, b, c, d, jnp.arange(2), longest))(rules, level, lifetime, keys)
+
+    keys = jax.random.split(key, num)
+    xs = (jax.tree.map(lambda x: x.reshape(num, 2, *x.shape[1:]), population), level, lifetime, keys)
+    xs = jax.tree.map(lambda x: x.reshape(parts, num // parts, *x.shape[1:]), xs)
+    return jax.lax.map(part, xs).reshape(2 * num)
