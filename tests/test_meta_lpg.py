@@ -14,6 +14,7 @@ from pgjax.experiments.meta_train import agents, get, groove, held_out, levels, 
 from pgjax.experiments.meta_train import lpg as meta
 from pgjax.learned_files import Learned
 from pgjax.learned_rule import RuleInputs, RuleSpec, apply_rule, convention_of, init_rule
+from tests.processes import run_python
 
 T, B, S = 4, 3, 3
 SPEC = RuleSpec(num_predictions=3, hidden_size=4, embedding_size=3)
@@ -439,6 +440,44 @@ def test_partners_begin_alike_and_short_lives_end_early():
     assert (one.learner.params.actor != short.learner.params.actor).any() and long.env_steps == 9 * T * B
 
 
+@pytest.mark.parametrize("method", ["gradient", pytest.param("evolution", marks=pytest.mark.slow)])
+def test_two_host_devices_give_what_one_gives(method, tmp_path):
+    """To rounding, for means are of other groups; on the same devices a run cut short goes on bit for bit."""
+    code = """
+import sys
+from pgjax import lanes
+lanes.use_host_devices(2)
+from pgjax.experiments.meta_train import loop, lpg
+from tests.test_meta_lpg import trainer_of
+out, method = sys.argv[1:]
+for name in ("CHECKPOINT_SECONDS", "REPORT_SECONDS", "CHUNK_SECONDS"):
+    setattr(loop, name, 0.0)
+loop.CHECKPOINT_SHARE = 1e9
+def end(text):
+    if "step      2" in text:
+        raise KeyboardInterrupt
+for devices in (1, None):
+    trainer = trainer_of(method=method, lifetime=(2, 5), lr=1e-3, devices=devices)._replace(report=None)
+    assert len(trainer.devices) == (devices or 2)
+    loop.meta_train(trainer, f"{out}/{devices}", 4)
+try:
+    loop.meta_train(trainer, f"{out}/cut", 4, say=end)
+except KeyboardInterrupt:
+    loop.meta_train(trainer, f"{out}/cut", 4, resume=True)
+"""
+    done = run_python(code, str(tmp_path), method, timeout=900)
+    assert done.returncode == 0, done.stderr
+    one, two, cut = (learned_files.load(tmp_path / name / "learned.npz", "lpg") for name in ("1", "None", "cut"))
+    assert len(cut.provenance["sessions"]) == 2
+    for a, b, c in zip(*(jax.tree.leaves(x.params) for x in (one, two, cut)), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-5)
+        np.testing.assert_array_equal(b, c)
+    logs = ([list(row.values())[:-1] for row in loop.read_log(tmp_path / name)] for name in ("1", "None", "cut"))
+    one, two, cut = map(np.asarray, logs)
+    np.testing.assert_allclose(one, two, rtol=1e-3, atol=1e-5)
+    np.testing.assert_array_equal(two, cut)
+
+
 def test_between_equal_partners_it_is_a_fair_coin_who_wins():
     """One rule for all, as with a σ of zero: neither place in a pair is better, and ties are nobody's."""
     inner, num = inner_of(1), 384
@@ -448,7 +487,7 @@ def test_between_equal_partners_it_is_a_fair_coin_who_wins():
     @jax.jit
     def play(key_tasks, key):
         tasks = jax.vmap(levels.sampler(inner.family, 1, 4))(jax.random.split(key_tasks, num))
-        return whole_lives.fitness_of(inner, population, *tasks, key, parts=2)
+        return whole_lives.fitness_of(inner, population, *tasks, key, 2, jax.devices()[:1])
 
     fitness = play(jax.random.key(6), jax.random.key(7))
     first, second = np.asarray(fitness).reshape(num, 2).T
@@ -470,6 +509,7 @@ def test_requests_that_make_no_sense_are_refused():
         ({"score": "alg_regret", "p_replay": 1.5}, "p_replay = 1.5"),
         ({"score": "alg_regret", "method": "evolution"}, "method = 'evolution'"),
         ({"levels": "rand_small", "score": "optimal_regret"}, "optimal_regret"),
+        ({"devices": 9}, "devices = 9"),
         ({"agents": 0}, "^agents = 0"),
         ({"method": "evolve"}, "^method = 'evolve' is not one of gradient, evolution"),
     ):

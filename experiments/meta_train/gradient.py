@@ -5,14 +5,16 @@ Agents whose lives end give way to newborn ones, on fresh levels or, as in GROOV
 Source: Oh et al. 2020, arXiv 2007.08794; Jackson et al. 2023, arXiv 2310.02782 (GROOVE).
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
 from flax import struct
+from jax.sharding import PartitionSpec
 
-from pgjax import on_policy
+from pgjax import lanes, on_policy
 from pgjax.envs import grid_world
 from pgjax.experiments.meta_train import MetaTrainer
 from pgjax.experiments.meta_train import levels as levels_
@@ -46,11 +48,13 @@ def make(
     parts: int,
     lr: float,
     max_grad_norm: float,
+    devices: Sequence[lanes.Device],
     convention: dict[str, Any],
 ) -> MetaTrainer:
     """The meta-trainer of ``num`` agents side by side, ``parts`` of them one after the other.
 
     Args: sample: levels and lifetimes of agents.  lr: of Adam.  max_grad_norm: bound on the meta-gradient, 0 for none.
+      devices: that the agents are split over, evenly.
     """
     spec = inner.algorithm.core.spec
     bound = optax.clip_by_global_norm(max_grad_norm) if max_grad_norm else optax.identity()
@@ -125,7 +129,7 @@ def make(
     def step(state):
         key, key_live, key_succeed = jax.random.split(state.key, 3)
         late = updates_of(inner, state.agents) >= 0.5 * state.agents.lifetime
-        gradient, agents, lived = meta_gradient(inner, state.rule, state.agents, key_live, parts)
+        gradient, agents, lived = meta_gradient(inner, state.rule, state.agents, key_live, parts, devices)
         direction, opt_state = optimizer.update(gradient, state.opt_state)
         moved = (optax.apply_updates(state.rule, direction), opt_state)
         # Refused once, not for ever: an agent that broke is replaced below, and took the gradient with it this time only.
@@ -166,28 +170,37 @@ def make(
         kind="lpg",
         convention=convention,
         env_steps_per_step=num * (inner.window + 1) * inner.algorithm.env_steps_per_iteration,
+        devices=tuple(devices),
         curve="reward_late",
     )
 
 
-def meta_gradient(inner: Inner, rule: PyTree, agents: Agent, key: jax.Array, parts: int):
+def meta_gradient(inner: Inner, rule: PyTree, agents: Agent, key: jax.Array, parts: int, devices: Sequence[lanes.Device]):
     """The gradient of the agents' mean loss with respect to ``rule``, ``parts`` of them one after the other.
 
+    Each of the ``devices`` has an equal share of the agents, and of every part; keys are the same however many there are.
     Returns: ``(gradient, agents, Lived [A])``.
     """
-    num = len(agents.lifetime)
-    cut = jax.tree.map(lambda x: x.reshape(parts, num // parts, *x.shape[1:]), (agents, jax.random.split(key, num)))
+    keys = jax.random.split(key, len(agents.lifetime))
 
-    def one(total, x):
-        def mean_loss(rule):
-            losses, rest = jax.vmap(lambda agent, key: live(inner, rule, agent, key))(*x)
-            return losses.mean(), rest
+    def share(rule, agents, keys):
+        num = len(keys)
+        cut = jax.tree.map(lambda x: x.reshape(parts, num // parts, *x.shape[1:]), (agents, keys))
 
-        gradient, rest = jax.grad(mean_loss, has_aux=True)(rule)
-        return jax.tree.map(lambda a, g: a + g / parts, total, gradient), rest
+        def one(total, x):
+            def mean_loss(rule):
+                losses, rest = jax.vmap(lambda agent, key: live(inner, rule, agent, key))(*x)
+                return losses.mean(), rest
 
-    gradient, rest = jax.lax.scan(one, jax.tree.map(jnp.zeros_like, rule), cut)
-    return (gradient, *jax.tree.map(lambda x: x.reshape(num, *x.shape[2:]), rest))
+            gradient, rest = jax.grad(mean_loss, has_aux=True)(rule)
+            return jax.tree.map(lambda a, g: a + g / parts, total, gradient), rest
+
+        gradient, rest = jax.lax.scan(one, jax.tree.map(jnp.zeros_like, rule), cut)
+        gradient = jax.lax.pmean(gradient, "lanes") if len(devices) > 1 else gradient
+        return (gradient, *jax.tree.map(lambda x: x.reshape(num, *x.shape[2:]), rest))
+
+    some, all_ = PartitionSpec("lanes"), PartitionSpec()
+    return lanes.over_devices(share, devices, (all_, some, some), (all_, some, some))(rule, agents, keys)
 
 
 def _where(flag: jax.Array, new: jax.Array, old: jax.Array) -> jax.Array:

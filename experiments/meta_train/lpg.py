@@ -15,6 +15,7 @@ from typing import Any, Literal
 
 import numpy as np
 
+from pgjax import lanes
 from pgjax.envs import grid_world
 from pgjax.errors import RequestError, close_names
 from pgjax.experiments.meta_train import MetaTrainer, gradient, held_out, whole_lives
@@ -106,6 +107,8 @@ class Args:
     """Share of the weight that goes by how long ago a level was played."""
     eval_levels: int = 16
     """Levels of the comparison with A2C at the end."""
+    devices: int | None = None
+    """Devices to split the agents over in equal shares; as many as possible if not given. On a CPU a device is a core."""
 
 
 def build(args: Args, pairs: Callable | None = None) -> MetaTrainer:
@@ -125,7 +128,7 @@ def build(args: Args, pairs: Callable | None = None) -> MetaTrainer:
         **{"num_envs": args.num_envs, "num_steps": args.num_steps, "levels": args.levels, "lifetime": [shortest, longest]},
         agent=agent | {"optimizer": inner.setup.optimizer},
     )
-    shared: Any = dict(num=args.agents, parts=args.parts, lr=args.lr, convention=convention)
+    shared: Any = dict(num=args.agents, parts=args.parts, lr=args.lr, devices=_devices(args), convention=convention)
     if args.method == "evolution":
         # Of a log-uniform distribution.
         mean_life = longest if shortest == longest else (longest - shortest) / np.log(longest / shortest)
@@ -165,6 +168,16 @@ def lifetimes(args: Args) -> tuple[str, tuple[int, int]]:
     if not 1 <= shortest <= longest:
         raise RequestError(f"lifetime = {(shortest, longest)} must be the shortest and the longest life, from 1 update on")
     return short, (shortest, longest)
+
+
+def _devices(args: Args) -> list[lanes.Device]:
+    """Those asked for, or as many as divide the agents of a part."""
+    share = args.agents // args.parts
+    found = lanes.choose_devices(share, False, args.devices)
+    fits = [num for num in range(1, len(found) + 1) if share % num == 0]
+    if args.devices not in (None, *fits):
+        raise RequestError(f"devices = {args.devices} must divide agents / parts = {share}; give one of {fits}")
+    return found[: fits[-1]]
 
 
 def _check(args: Args, curriculum: levels_.Curriculum) -> None:

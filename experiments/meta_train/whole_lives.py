@@ -3,14 +3,16 @@
 Source: Jackson et al. 2024, arXiv 2402.05828 (TA-LPG), in the form of its authors' code, EmptyJackson/groove.
 """
 
+from collections.abc import Sequence
 from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 import optax
 from flax import struct
+from jax.sharding import PartitionSpec
 
-from pgjax import evolution
+from pgjax import evolution, lanes
 from pgjax.experiments.meta_train import MetaTrainer
 from pgjax.experiments.meta_train import levels as levels_
 from pgjax.experiments.meta_train.agents import Inner, earns, raised
@@ -36,11 +38,13 @@ def make(
     sigma: float,
     start: Literal["drawn", "zero"],
     mean_life: float,
+    devices: Sequence[lanes.Device],
     convention: dict[str, Any],
 ) -> MetaTrainer:
     """The meta-trainer of ``num`` pairs, ``parts`` of them one after the other.
 
-    Args: sample: levels and lifetimes of pairs.  mean_life: in updates, of those.  For the others see ``Args`` in ``lpg.py``.
+    Args: sample: levels and lifetimes of pairs.  mean_life: in updates, of those.  devices: that the pairs are split over,
+      evenly.  For the others see ``Args`` in ``lpg.py``.
     """
     spec = inner.algorithm.core.spec
     template = init_rule(spec, jax.random.key(0))
@@ -57,7 +61,7 @@ def make(
         key, key_ask, key_tasks, key_runs, key_tell = jax.random.split(state.key, 5)
         population, asked = es.ask(state.es, key_ask)
         level, lifetime = tasks(key_tasks)
-        fitness = fitness_of(inner, population, level, lifetime, key_runs, parts)
+        fitness = fitness_of(inner, population, level, lifetime, key_runs, parts, devices)
         told = es.tell(asked, population, fitness, key_tell)
         pairs = fitness.reshape(num, 2)
         metrics = {
@@ -83,14 +87,24 @@ def make(
         learned=lambda state: es.mean(state.es),
         kind="lpg",
         convention=convention,
+        devices=tuple(devices),
         env_steps_per_step=round(2 * num * mean_life * inner.algorithm.env_steps_per_iteration),
     )
 
 
-def fitness_of(inner: Inner, population: PyTree, level: PyTree, lifetime: jax.Array, key: jax.Array, parts: int) -> jax.Array:
+def fitness_of(
+    inner: Inner,
+    population: PyTree,
+    level: PyTree,
+    lifetime: jax.Array,
+    key: jax.Array,
+    parts: int,
+    devices: Sequence[lanes.Device],
+) -> jax.Array:
     """What agents earn at the end of their lives, [2 A]; both of a pair are born alike, on the same level.
 
-    Args: population: rules [2 A], partners side by side.  level, lifetime: [A].  parts: of A, one after the other.
+    Args: population: rules [2 A], partners side by side.  level, lifetime: [A].  parts: of A, one after the other; each of the
+      ``devices`` has an equal share of every part.
     """
     num = len(lifetime)
 
@@ -110,4 +124,6 @@ def fitness_of(inner: Inner, population: PyTree, level: PyTree, lifetime: jax.Ar
     keys = jax.random.split(key, num)
     xs = (jax.tree.map(lambda x: x.reshape(num, 2, *x.shape[1:]), population), level, lifetime, keys)
     xs = jax.tree.map(lambda x: x.reshape(parts, num // parts, *x.shape[1:]), xs)
-    return jax.lax.map(part, xs).reshape(2 * num)
+    some = PartitionSpec(None, "lanes")
+    earned = lanes.over_devices(lambda xs: jax.lax.map(part, xs), devices, (some,), some)
+    return earned(xs).reshape(2 * num)
