@@ -478,6 +478,32 @@ except KeyboardInterrupt:
     np.testing.assert_array_equal(two, cut)
 
 
+def test_partners_are_the_same_agent_in_the_same_place_at_birth(monkeypatch):
+    """Judged by all numbers of agent and environment before the first update, which differ from pair to pair."""
+
+    def born(inner, rule, level, lifetime, key_birth, *_):
+        state = inner.algorithm.init(key_birth, inner.algorithm.hypers, level)
+        return state.replace(learner=(state.learner.params, state.obs, level.reward))
+
+    def weighed(inner, numbers, level, key):
+        flat = ravel_pytree(numbers)[0]
+        return flat @ jnp.sin(jnp.arange(len(flat)))
+
+    monkeypatch.setattr(whole_lives, "raised", born)
+    monkeypatch.setattr(whole_lives, "earns", weighed)
+    inner, num = inner_of(1), 8
+    keys = jax.random.split(jax.random.key(6), num)
+
+    @jax.jit
+    def play(key):
+        level = jax.vmap(inner.family.sample)(keys)
+        return whole_lives.fitness_of(inner, jnp.zeros(2 * num), level, jnp.ones(num), key, 2, jax.devices()[:1])
+
+    first, second = np.asarray(play(jax.random.key(7))).reshape(num, 2).T
+    np.testing.assert_array_equal(first, second)
+    assert len(set(first)) == num
+
+
 def test_between_equal_partners_it_is_a_fair_coin_who_wins():
     """One rule for all, as with a σ of zero: neither place in a pair is better, and ties are nobody's."""
     inner, num = inner_of(1), 384
