@@ -623,20 +623,20 @@ def validate(setup: Setup, env: Environment) -> None:
         raise RequestError(f"setup.brax_exact = True has no effect with boundary = {setup.boundary!r}; use boundary = 'mask'")
 
 
-def check_counts(setup: Any, names: Iterable[str]) -> None:
-    """Raises RequestError unless these fields are whole numbers from 1 on."""
+def check_counts(setup: Any, names: Iterable[str], where: str = "setup.") -> None:
+    """Raises RequestError unless these fields are whole numbers from 1 on. where: what stands before a field's name."""
     for name in names:
         value = getattr(setup, name)
         if not isinstance(value, int) or value < 1:
-            raise RequestError(f"setup.{name} = {value!r} must be a whole number >= 1")
+            raise RequestError(f"{where}{name} = {value!r} must be a whole number >= 1")
 
 
-def check_choices(setup: Any) -> None:
-    """Raises RequestError unless every field of a few choices is one of them."""
+def check_choices(setup: Any, where: str = "setup.") -> None:
+    """Raises RequestError unless every field of a few choices is one of them. where: what stands before a field's name."""
     for name, hint in get_type_hints(type(setup)).items():
         value = getattr(setup, name)
         if get_origin(hint) is Literal and value not in get_args(hint):
-            raise RequestError(f"setup.{name} = {value!r} is not one of {', '.join(get_args(hint))}")
+            raise RequestError(f"{where}{name} = {value!r} is not one of {', '.join(get_args(hint))}")
 
 
 def _check_divides(name: str, value: int, setup: Setup, unrolls: bool) -> None:

@@ -7,24 +7,31 @@ import pytest
 from jax.flatten_util import ravel_pytree
 
 from pgjax.algorithms import lpg, make
-from pgjax.envs import make_env
+from pgjax.envs import grid_world, make_env
 from pgjax.errors import RequestError
-from pgjax.experiments.meta_train import get, groove, levels, loop, picture
+from pgjax.experiments.meta_train import agents, get, groove, held_out, levels, loop, picture, whole_lives
 from pgjax.experiments.meta_train import lpg as meta
 from pgjax.host import checkpoints
+from pgjax.learned import evolution
 from pgjax.learned import files as learned_files
 from pgjax.learned.files import Learned
 from pgjax.learned.rule import RuleInputs, RuleSpec, apply_rule, convention_of, init_rule
+from tests.processes import run_python
 
 T, B, S = 4, 3, 3
 SPEC = RuleSpec(num_predictions=3, hidden_size=4, embedding_size=3)
-OUTCOME = meta.Outcome(policy_entropy=0.3, prediction_entropy=0.2, pi_hat_cost=0.4, y_hat_cost=0.5)
+OUTCOME = dict(policy_entropy=0.3, prediction_entropy=0.2, pi_hat_cost=0.4, y_hat_cost=0.5)
+CURRICULUM = levels.Curriculum("alg_regret", buffer_size=40, p_replay=0.5, transform="rank", temperature=1.0, staleness=0.0)
 TINY = dict(levels="debug", agents=4, parts=2, num_envs=4, num_steps=5, window=2, hidden_size=8, num_predictions=3)
 
 
-def inner_of(window, outcome=OUTCOME, spec=SPEC):
-    options = dict(actor_lr=2.0, predictor_lr=1.5, outcome=outcome)
-    return meta.make_inner("debug", spec, num_envs=B, num_steps=T, window=window, **options)
+def trainer_of(**options):
+    return meta.build(meta.Args(**{**TINY, **options}))
+
+
+def inner_of(window, spec=SPEC):
+    options = dict(levels="debug", num_envs=B, num_steps=T, window=window, actor_lr=2.0, predictor_lr=1.5)
+    return meta.inner_of(meta.Args(**options, **OUTCOME), spec)
 
 
 def rollouts_of(num, reward=None, seed=0):
@@ -114,7 +121,7 @@ class Reference:
 
 def agent_and_rule(inner):
     level = inner.env.default_params
-    agent = meta.new_agent(inner, jax.random.key(0), level, 1000.0)
+    agent = agents.new_agent(inner, jax.random.key(0), level, 1000.0)
 
     def big(tree):
         return jax.tree.map(lambda x: 20 * x, tree)
@@ -145,7 +152,7 @@ def test_the_meta_gradient_is_that_of_finite_differences(float64, window):
     collect = from_these(rollouts, inner)
 
     def loss(rule):
-        return meta.live(inner, rule, agent, jax.random.key(0), collect)
+        return agents.live(inner, rule, agent, jax.random.key(0), collect)
 
     (value, (after, lived)), gradient = jax.jit(jax.value_and_grad(loss, has_aux=True))(rule)
     flat, back = ravel_pytree(rule)
@@ -169,14 +176,14 @@ def test_the_meta_gradient_is_that_of_finite_differences(float64, window):
 def test_the_critic_learns_constant_rewards():
     """A reward of 1 in each of four states, one after the other: the values are sums of what is left of the episode."""
     inner = inner_of(1)
-    agent = meta.new_agent(inner, jax.random.key(0), inner.env.default_params, 1000.0)
+    agent = agents.new_agent(inner, jax.random.key(0), inner.env.default_params, 1000.0)
     number = np.broadcast_to(np.array([0, 1, 2, 3, 0])[:, None, None], (T + 1, B, 1))
     obs = jnp.asarray(np.concatenate([number, 0 * number], -1), jnp.float32)
     end = jnp.zeros((T, B), bool).at[-1].set(True)
     rollout = lpg.Rollout(obs, jnp.zeros((T, B), jnp.int32), jnp.ones((T, B)), end)
 
     def one(carry, _):
-        *carry, loss = meta.fit_critic(inner, *carry, rollout)
+        *carry, loss = agents.fit_critic(inner, *carry, rollout)
         return tuple(carry), loss
 
     (critic, _), losses = jax.jit(lambda *start: jax.lax.scan(one, start, length=100))(agent.critic, agent.critic_opt)
@@ -211,7 +218,7 @@ def test_the_buffer_keeps_its_promises():
         keys = jax.random.split(key)
         renewed = levels.renew_lowest(buffer, numbered, keys[0], num)
         recorded = levels.record(renewed, slots, ended, score)
-        return renewed, *levels.choose(recorded, keys[1], slots, ended, now, p_replay=0.7)
+        return renewed, *levels.choose(recorded, keys[1], slots, ended, now, CURRICULUM._replace(p_replay=0.7))
 
     for now in range(1, 60):
         ended = rng.random(num) < 0.6
@@ -254,7 +261,8 @@ SCORE = [0.3, -1.0, 2.0, 0.5, 1.1, 0.0]
 
 def chosen(num_keys=1, **options):
     buffer, slots = full(SCORE)
-    pick = jax.jit(jax.vmap(lambda key: levels.choose(buffer, key, slots, jnp.ones(4, bool), 3, **options)[1]))
+    curriculum = CURRICULUM._replace(**options)
+    pick = jax.jit(jax.vmap(lambda key: levels.choose(buffer, key, slots, jnp.ones(4, bool), 3, curriculum)[1]))
     return jax.tree.map(np.asarray, pick(jax.random.split(jax.random.key(0), num_keys)))
 
 
@@ -264,7 +272,8 @@ def test_how_often_levels_are_replayed():
     assert abs(share - 0.3) < 4 * np.sqrt(0.21 / 10_000)
     # Never before there are as many scored levels as agents.
     buffer, slots = full(SCORE[:3])
-    assert not levels.choose(buffer, jax.random.key(0), slots, jnp.ones(4, bool), 3, p_replay=1.0)[1].replayed.any()
+    always = CURRICULUM._replace(p_replay=1.0)
+    assert not levels.choose(buffer, jax.random.key(0), slots, jnp.ones(4, bool), 3, always)[1].replayed.any()
 
 
 def test_what_is_replayed():
@@ -284,36 +293,55 @@ def test_what_is_replayed():
 def test_levels_that_were_not_played_for_long():
     buffer, _ = full(SCORE)
     buffer = buffer.replace(played=buffer.played.at[:6].set(jnp.array([9, 9, 9, 9, 0, 9])))
-    weight = jnp.exp(levels.replay_weight(buffer, 9, "rank", 1.0, staleness=1.0))
+    weight = jnp.exp(levels.replay_weight(buffer, 9, CURRICULUM._replace(staleness=1.0)))
     np.testing.assert_allclose(weight[:6], [0, 0, 0, 0, 1, 0], atol=1e-6)
-    half = jnp.exp(levels.replay_weight(buffer, 9, "rank", 1.0, staleness=0.5))
+    half = jnp.exp(levels.replay_weight(buffer, 9, CURRICULUM._replace(staleness=0.5)))
     ranks = 1 / np.array([4, 6, 1, 3, 2, 5])
     expected = 0.5 * ranks / ranks.sum() + 0.5 * np.array([0, 0, 0, 0, 1, 0])
     np.testing.assert_allclose(half[:6], expected, rtol=1e-5)
     assert (half[6:] == 0).all()
 
 
-def test_without_replay_levels_are_those_of_plain_lpg():
-    """Two-sample Kolmogorov-Smirnov on the numbers that levels are."""
-    num = 8
-    buffer, slots = levels.init_buffer(numbered, jax.random.key(1), 40, num)
+def apart(found, plain):
+    """Two-sample Kolmogorov-Smirnov: whether both cannot be of one distribution, at a level of 0.001."""
+    found, plain = np.sort(found), np.sort(plain)
+    both = np.concatenate([found, plain])
+    shares = [np.searchsorted(x, both, "right") / len(x) for x in (found, plain)]
+    return np.abs(shares[0] - shares[1]).max() > 1.95 * np.sqrt(1 / len(found) + 1 / len(plain))
 
-    @jax.jit
+
+def test_without_replay_levels_are_those_of_plain_lpg():
+    """Of the family that rules are trained on; levels score what their objects pay, so that any preference would show."""
+    num, sample = 8, levels.sampler(grid_world.family("all"), 10, 250)
+    buffer, slots = jax.jit(lambda key: levels.init_buffer(sample, key, 40, num))(jax.random.key(1))
+
     def turn(carry, key):
         buffer, slots = carry
         keys = jax.random.split(key, 3)
         ended = jax.random.bernoulli(keys[0], 0.5, (num,))
-        buffer = levels.renew_lowest(buffer, numbered, keys[1], num)
-        buffer = levels.record(buffer, slots, ended, buffer.level[slots])
-        buffer, choice = levels.choose(buffer, keys[2], slots, ended, 1, p_replay=0.0)
-        return (buffer, choice.slots), (buffer.level[choice.slots], ended)
+        buffer = levels.renew_lowest(buffer, sample, keys[1], num)
+        buffer = levels.record(buffer, slots, ended, buffer.level.reward[slots].sum(1))
+        buffer, choice = levels.choose(buffer, keys[2], slots, ended, 1, CURRICULUM._replace(p_replay=0.0))
+        return (buffer, choice.slots), (*drawn(buffer, choice.slots), ended)
 
-    _, (found, ended) = jax.lax.scan(turn, (buffer, slots), jax.random.split(jax.random.key(2), 400))
-    found = np.sort(np.asarray(found)[np.asarray(ended)])
-    plain = np.sort(np.asarray(jax.vmap(numbered)(jax.random.split(jax.random.key(3), len(found)))[0]))
-    both = np.concatenate([found, plain])
-    gap = np.abs(np.searchsorted(found, both, "right") - np.searchsorted(plain, both, "right")).max() / len(found)
-    assert gap < 1.95 * np.sqrt(2 / len(found)) and len(found) > 1000
+    def drawn(buffer, slots):
+        level = jax.tree.map(lambda x: x[slots], buffer.level)
+        return level.size, level.reward, level.max_steps_in_episode, buffer.lifetime[slots]
+
+    _, (*found, ended) = jax.lax.scan(turn, (buffer, slots), jax.random.split(jax.random.key(2), 600))
+    found = [np.asarray(x)[np.asarray(ended)] for x in found]
+    level, lifetime = jax.jit(jax.vmap(sample))(jax.random.split(jax.random.key(3), len(found[0])))
+    plain = [np.asarray(x) for x in (level.size, level.reward, level.max_steps_in_episode, lifetime)]
+    assert len(found[0]) > 2000 and set(found[0]) == set(range(4, 11))
+    sizes = [np.bincount(x, minlength=11)[4:] for x in (found[0], plain[0])]
+    # Of seven sizes: chi-square of two samples as large as each other, six degrees of freedom.
+    assert ((sizes[0] - sizes[1]) ** 2 / (sizes[0] + sizes[1])).sum() < 22.5
+    for name, one, other in (("limit", *(x[2] for x in (found, plain))), ("life", *(x[3] for x in (found, plain)))):
+        assert not apart(one, other), name
+    for kind in range(5):
+        assert not apart(found[1][:, kind], plain[1][:, kind]), f"reward of objects of type {kind}"
+    assert not apart(found[1].sum(1), plain[1].sum(1)), "what is scored"
+    assert apart(found[1].sum(1) + 0.3, plain[1].sum(1)), "the test has no power"
 
 
 def test_only_those_that_need_it_are_computed():
@@ -336,12 +364,12 @@ def test_only_those_that_need_it_are_computed():
 
 
 def test_regret_of_an_agent_to_its_like_is_zero_and_scales_with_rewards():
-    inner = meta.make_inner("debug", SPEC, num_envs=8, num_steps=5, window=1, outcome=OUTCOME)
-    num, setup, hypers = 48, inner.setup, inner.algorithm.hypers
-    sampled = meta.held_out(inner.env.family, num)
+    inner = meta.inner_of(meta.Args(levels="debug", num_envs=8, num_steps=5), SPEC)
+    num = 48
+    sampled = held_out.sample(inner.family, num)
 
     def both(level, key):
-        one, other = (levels.a2c_return(inner.env, setup, hypers, levels.A2C(), level, 20, k) for k in jax.random.split(key))
+        one, other = (agents.a2c_earns(inner, level, 20, k) for k in jax.random.split(key))
 
         def uniform(obs, key):
             return jax.random.randint(key, obs.shape[:1], 0, 5)
@@ -364,7 +392,7 @@ def test_regret_of_an_agent_to_its_like_is_zero_and_scales_with_rewards():
 
 
 def test_groove_from_meta_update_to_meta_update():
-    trainer = meta.make(**TINY, lifetime=(4, 8), score="alg_regret", buffer_size=14, p_replay=1.0, eval_levels=1)
+    trainer = trainer_of(lifetime=(4, 8), score="alg_regret", buffer_size=14, p_replay=1.0, eval_levels=1)
     state, step = jax.jit(trainer.init)(jax.random.key(0)), jax.jit(trainer.step)
     ages = np.asarray(state.agents.state.env_steps) // 20
     assert (ages < state.agents.lifetime).all() and len(set(ages)) > 1, "not all are born at once"
@@ -389,9 +417,8 @@ def test_groove_from_meta_update_to_meta_update():
 
 
 def test_evolution_of_whole_lives():
-    trainer = meta.make(
-        **{**TINY, "temporal": "relative"}, lifetime=(2, 5), method="evolution", lr=0.01, start="zero", eval_levels=1
-    )
+    options = dict(temporal="relative", lifetime=(2, 5), method="evolution", lr=0.01, start="zero", eval_levels=1)
+    trainer = trainer_of(**options)
     state = jax.jit(trainer.init)(jax.random.key(0))
     assert (ravel_pytree(trainer.learned(state))[0] == 0).all()
     state, metrics = jax.jit(trainer.step)(state)
@@ -403,7 +430,7 @@ def test_partners_begin_alike_and_short_lives_end_early():
     inner = inner_of(1, spec=RuleSpec(num_predictions=3, hidden_size=4, embedding_size=3, temporal="relative"))
     rule = init_rule(inner.algorithm.core.spec, jax.random.key(5))
     level, keys = inner.env.default_params, jax.random.split(jax.random.key(0), 3)
-    grown = jax.jit(lambda life, key_life, longest: meta.raised(inner, rule, level, life, keys[0], key_life, longest))
+    grown = jax.jit(lambda life, key_life, longest: agents.raised(inner, rule, level, life, keys[0], key_life, longest))
     one, other = (grown(jnp.float32(3), key, 0) for key in keys[1:])
     for a, b in zip(
         jax.tree.leaves((one.learner, one.env_state)), jax.tree.leaves((other.learner, other.env_state)), strict=True
@@ -413,6 +440,91 @@ def test_partners_begin_alike_and_short_lives_end_early():
     for a, b in zip(jax.tree.leaves(short.learner), jax.tree.leaves(long.learner), strict=True):
         np.testing.assert_array_equal(a, b)
     assert (one.learner.params.actor != short.learner.params.actor).any() and long.env_steps == 9 * T * B
+
+
+@pytest.mark.parametrize("method", ["gradient", pytest.param("evolution", marks=pytest.mark.slow)])
+def test_two_host_devices_give_what_one_gives(method, tmp_path):
+    """To rounding, for means are of other groups; on the same devices a run cut short goes on bit for bit."""
+    code = """
+import sys
+from pgjax.host import lanes
+lanes.use_host_devices(2)
+from pgjax.experiments.meta_train import loop, lpg
+from tests.test_meta_lpg import trainer_of
+out, method = sys.argv[1:]
+for name in ("CHECKPOINT_SECONDS", "REPORT_SECONDS", "CHUNK_SECONDS"):
+    setattr(loop, name, 0.0)
+loop.CHECKPOINT_SHARE = 1e9
+def end(text):
+    if "step      2" in text:
+        raise KeyboardInterrupt
+for devices in (1, None):
+    trainer = trainer_of(method=method, lifetime=(2, 5), lr=1e-3, devices=devices)._replace(report=None)
+    assert len(trainer.devices) == (devices or 2)
+    loop.meta_train(trainer, f"{out}/{devices}", 4)
+try:
+    loop.meta_train(trainer, f"{out}/cut", 4, say=end)
+except KeyboardInterrupt:
+    loop.meta_train(trainer, f"{out}/cut", 4, resume=True)
+"""
+    done = run_python(code, str(tmp_path), method, timeout=900)
+    assert done.returncode == 0, done.stderr
+    one, two, cut = (learned_files.load(tmp_path / name / "learned.npz", "lpg") for name in ("1", "None", "cut"))
+    assert len(cut.provenance["sessions"]) == 2
+    for a, b, c in zip(*(jax.tree.leaves(x.params) for x in (one, two, cut)), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-5)
+        np.testing.assert_array_equal(b, c)
+    logs = ([list(row.values())[:-1] for row in loop.read_log(tmp_path / name)] for name in ("1", "None", "cut"))
+    one, two, cut = map(np.asarray, logs)
+    np.testing.assert_allclose(one, two, rtol=1e-3, atol=1e-5)
+    np.testing.assert_array_equal(two, cut)
+
+
+def test_partners_are_the_same_agent_in_the_same_place_at_birth(monkeypatch):
+    """Judged by all numbers of agent and environment before the first update, which differ from pair to pair."""
+
+    def born(inner, rule, level, lifetime, key_birth, *_):
+        state = inner.algorithm.init(key_birth, inner.algorithm.hypers, level)
+        return state.replace(learner=(state.learner.params, state.obs, level.reward))
+
+    def weighed(inner, numbers, level, key):
+        flat = ravel_pytree(numbers)[0]
+        return flat @ jnp.sin(jnp.arange(len(flat)))
+
+    monkeypatch.setattr(whole_lives, "raised", born)
+    monkeypatch.setattr(whole_lives, "earns", weighed)
+    inner, num = inner_of(1), 8
+    keys = jax.random.split(jax.random.key(6), num)
+
+    @jax.jit
+    def play(key):
+        level = jax.vmap(inner.family.sample)(keys)
+        return whole_lives.fitness_of(inner, jnp.zeros(2 * num), level, jnp.ones(num), key, 2, jax.devices()[:1])
+
+    first, second = np.asarray(play(jax.random.key(7))).reshape(num, 2).T
+    np.testing.assert_array_equal(first, second)
+    assert len(set(first)) == num
+
+
+def test_between_equal_partners_it_is_a_fair_coin_who_wins():
+    """One rule for all, as with a σ of zero: neither place in a pair is better, and ties are nobody's."""
+    inner, num = inner_of(1), 384
+    rule = init_rule(SPEC, jax.random.key(5))
+    population = jax.tree.map(lambda x: jnp.broadcast_to(x, (2 * num, *x.shape)), rule)
+
+    @jax.jit
+    def play(key_tasks, key):
+        tasks = jax.vmap(levels.sampler(inner.family, 1, 4))(jax.random.split(key_tasks, num))
+        return whole_lives.fitness_of(inner, population, *tasks, key, 2, jax.devices()[:1])
+
+    fitness = play(jax.random.key(6), jax.random.key(7))
+    first, second = np.asarray(fitness).reshape(num, 2).T
+    decided = first != second
+    assert decided.sum() > num / 3, "partners have luck of their own"
+    assert abs((first > second)[decided].mean() - 0.5) < 3 * 0.5 / np.sqrt(decided.sum())
+    weights = np.asarray(evolution.pair_ranks(fitness)).reshape(num, 2)
+    assert (weights[~decided] == 0.5).all() and (~decided).sum() > 20
+    assert abs(weights[:, 0].mean() - 0.5) < 3 * 0.5 * np.sqrt(decided.sum()) / num
 
 
 def test_requests_that_make_no_sense_are_refused():
@@ -425,10 +537,12 @@ def test_requests_that_make_no_sense_are_refused():
         ({"score": "alg_regret", "p_replay": 1.5}, "p_replay = 1.5"),
         ({"score": "alg_regret", "method": "evolution"}, "method = 'evolution'"),
         ({"levels": "rand_small", "score": "optimal_regret"}, "optimal_regret"),
-        ({"agents": 0}, "agents = 0"),
+        ({"devices": 9}, "devices = 9"),
+        ({"agents": 0}, "^agents = 0"),
+        ({"method": "evolve"}, "^method = 'evolve' is not one of gradient, evolution"),
     ):
         with pytest.raises(RequestError, match=words):
-            meta.make(**{**TINY, **changes})
+            trainer_of(**changes)
 
 
 def test_groove_is_lpg_with_a_curriculum():
@@ -455,7 +569,7 @@ def test_the_picture_of_targets(tmp_path):
 def test_meta_training_through_the_loop_equals_its_steps_from_a_checkpoint(method, tmp_path):
     """Six meta-updates by the loop, and three, then three more from disk; two programs, so equal within rounding."""
     options = dict(lifetime=(2, 4), method=method, eval_levels=2, lr=1e-3)
-    trainer = meta.make(**{**TINY, **options}, **({"score": "alg_regret", "buffer_size": 14} if method == "gradient" else {}))
+    trainer = trainer_of(**options, **({"score": "alg_regret", "buffer_size": 14} if method == "gradient" else {}))
     loop.meta_train(trainer, tmp_path / "once", 6, say=lambda text: None)
     state = jax.jit(trainer.init)(jax.random.key(0))
     assert set(learned_files.load(tmp_path / "once" / "learned.npz", "lpg").provenance["held_out"]) >= {"normalized_rule"}

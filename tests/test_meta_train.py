@@ -9,7 +9,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from probe_envs import Probe
 
 import pgjax
 from pgjax import cli
@@ -20,6 +19,8 @@ from pgjax.experiments.meta_train import lpo as meta_lpo
 from pgjax.host.checkpoints import latest_checkpoints
 from pgjax.learned import evolution
 from pgjax.learned import files as learned_files
+from tests.probe_envs import Probe
+from tests.processes import run_python
 
 # --- the loop
 
@@ -232,6 +233,30 @@ def test_a_temporal_drift_makes_its_own_schedule():
     inner = meta_lpo.inner_algorithm("gymnax/CartPole-v1", temporal=True, hypers={"gamma": 0.9})
     assert inner.setup.learning_rate_schedule == "constant" and inner.setup.num_envs == 4
     np.testing.assert_allclose(inner.hypers.gamma, 0.9)
+
+
+def test_two_host_devices_give_what_one_gives(tmp_path):
+    """To rounding, not to the bit: lanes are batched by fours or by twos."""
+    code = """
+import sys
+from pgjax.host import lanes
+lanes.use_host_devices(2)
+import jax
+from pgjax.experiments.meta_train import loop, lpo
+from tests.test_meta_train import INNER, TINY
+for devices in (1, 2):
+    trainer = lpo.make([INNER], devices=devices, **TINY)
+    assert len(trainer.devices) == devices
+    loop.meta_train(trainer._replace(report=None), f"{sys.argv[1]}/{devices}", 3)
+"""
+    done = run_python(code, str(tmp_path))
+    assert done.returncode == 0, done.stderr
+    (one, one_rows), (two, two_rows) = (contents(tmp_path / name) for name in "12")
+    for name in one.params:
+        np.testing.assert_allclose(one.params[name], two.params[name], rtol=1e-3, atol=1e-5)
+    for row, other in zip(one_rows, two_rows, strict=True):
+        assert row.keys() == other.keys()
+        np.testing.assert_allclose(list(row.values()), list(other.values()), rtol=1e-3, atol=1e-5)
 
 
 @pytest.mark.slow

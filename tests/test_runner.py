@@ -6,7 +6,6 @@ import signal
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -21,8 +20,8 @@ from pgjax.errors import RequestError
 from pgjax.host import checkpoints, lanes, runner
 from pgjax.host.store import read_run
 from tests.probe_envs import Probe
+from tests.processes import ROOT, run_python
 
-ROOT = Path(__file__).resolve().parent.parent
 SETUP = ppo.Setup(num_envs=4, num_steps=8, num_epochs=2, num_minibatches=2, hidden_sizes=(8,), normalize_obs=True)
 
 
@@ -298,11 +297,6 @@ def test_pure_training_and_the_runner_agree(tmp_path, algorithm):
     np.testing.assert_allclose(metrics["kl"], pure["kl"], rtol=1e-3, atol=1e-6)
     mode = evaluations[evaluations.policy == "mode"]["return"].to_numpy().reshape(3, 4)
     np.testing.assert_allclose(mode, pure["evaluations"].mode_return, rtol=1e-5)
-
-
-def run_python(code, *args, timeout=240, **environment):
-    env = {**os.environ, "PYTHONPATH": str(ROOT), **environment}
-    return subprocess.run([sys.executable, "-c", code, *args], env=env, capture_output=True, text=True, timeout=timeout)
 
 
 def test_two_host_devices_give_what_one_gives_and_do_not_deadlock(tmp_path):

@@ -4,24 +4,26 @@ GROOVE keeps a buffer of levels. When an agent's life ends, its level gets a sco
 A2C agent earns on it that was trained for as long, less what the agent of the rule earns. A new agent then gets a level of high
 score, or one that nobody has played.
 
-Source: Jackson et al. 2023, arXiv 2310.02782. The order of things is that of its authors' code; see ``update``.
+Source: Jackson et al. 2023, arXiv 2310.02782. The order of things is that of its authors' code.
 """
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import struct
 
 from pgjax import estimators
 from pgjax.algorithms import lpg
+from pgjax.envs import grid_world
 from pgjax.errors import RequestError
 from pgjax.networks import ActorCritic
 from pgjax.types import Environment, PyTree
 
-SCORES = ("random", "frozen", "alg_regret", "optimal_regret", "positive_value_loss", "l1_value_loss")
-TRANSFORMS = ("rank", "proportional")
+Score = Literal["random", "frozen", "alg_regret", "optimal_regret", "positive_value_loss", "l1_value_loss"]
+Transform = Literal["rank", "proportional"]
 
 
 # ---- The buffer -----------------------------------------------------------------------------------------------------
@@ -41,6 +43,17 @@ class Buffer(struct.PyTreeNode):
     played: jax.Array
 
 
+class Curriculum(NamedTuple):
+    """How levels are chosen; see ``Args`` in ``lpg.py``."""
+
+    score: Score
+    buffer_size: int
+    p_replay: float
+    transform: Transform
+    temperature: float
+    staleness: float
+
+
 class Choice(NamedTuple):
     """slots: int32 [A], of every agent.  replayed: [A] bool, whether the agent was just given a level that had been scored."""
 
@@ -52,18 +65,27 @@ class Choice(NamedTuple):
 Sampler = Callable[[jax.Array], tuple[PyTree, jax.Array]]
 
 
-def check_buffer(score: str, transform: str, buffer_size: int, num_agents: int, p_replay, temperature, staleness) -> None:
+def sampler(family: grid_world.Family, shortest: float, longest: float) -> Sampler:
+    """Levels of ``family``, with lives between these numbers of updates, log-uniform."""
+
+    def sample(key):
+        key_level, key_life = jax.random.split(key)
+        span = jax.random.uniform(key_life, minval=np.log(shortest), maxval=np.log(longest))
+        return family.sample(key_level), jnp.round(jnp.exp(span))
+
+    return sample
+
+
+def check(curriculum: Curriculum, num_agents: int) -> None:
     """Raises RequestError for a curriculum that cannot be, naming field, value and remedy."""
-    for name, value, known in (("score", score, SCORES), ("transform", transform, TRANSFORMS)):
-        if value not in known:
-            raise RequestError(f"{name} = {value!r} is not one of {', '.join(known)}")
+    score, buffer_size = curriculum.score, curriculum.buffer_size
     if score != "random" and buffer_size < 3 * num_agents:
         raise RequestError(f"buffer_size = {buffer_size} must be at least 3 levels for each of the {num_agents} agents")
-    for name, value in (("p_replay", p_replay), ("staleness", staleness)):
-        if not 0 <= value <= 1:
+    for name in ("p_replay", "staleness"):
+        if not 0 <= (value := getattr(curriculum, name)) <= 1:
             raise RequestError(f"{name} = {value} is a probability; give a value in [0, 1]")
-    if not temperature > 0:
-        raise RequestError(f"temperature = {temperature} must be above 0")
+    if not curriculum.temperature > 0:
+        raise RequestError(f"temperature = {curriculum.temperature} must be above 0")
 
 
 def init_buffer(sample: Sampler, key: jax.Array, size: int, num_agents: int) -> tuple[Buffer, jax.Array]:
@@ -109,18 +131,18 @@ def record(buffer: Buffer, slots: jax.Array, ended: jax.Array, score: jax.Array)
     )
 
 
-def replay_weight(buffer: Buffer, now: jax.Array, transform: str, temperature, staleness) -> jax.Array:
+def replay_weight(buffer: Buffer, now: jax.Array, curriculum: Curriculum) -> jax.Array:
     """log of how much each level wants to be replayed, [N]; -inf for those that cannot be.
 
     ``rank``: 1 / rank of its score; ``proportional``: exp(score / temperature). A share ``staleness`` of the weight goes by how
     long ago a level was played, as in prioritised level replay; the authors' code has none.
     """
-    can = ~buffer.active & ~buffer.new
-    if transform == "rank":
+    can, staleness = ~buffer.active & ~buffer.new, curriculum.staleness
+    if curriculum.transform == "rank":
         rank = 1 + jnp.argsort(jnp.argsort(-jnp.where(can, buffer.score, -jnp.inf)))
         log_weight = -jnp.log(rank.astype(jnp.float32))
     else:
-        log_weight = buffer.score / temperature
+        log_weight = buffer.score / curriculum.temperature
     log_weight = jax.nn.log_softmax(jnp.where(can, log_weight, -jnp.inf))
     if staleness > 0:
         age = jnp.where(can, now - buffer.played, 0).astype(jnp.float32)
@@ -129,9 +151,7 @@ def replay_weight(buffer: Buffer, now: jax.Array, transform: str, temperature, s
     return jnp.where(can, log_weight, -jnp.inf)
 
 
-def choose(
-    buffer: Buffer, key, slots, ended, now, *, p_replay, transform="rank", temperature=1.0, staleness=0.0
-) -> tuple[Buffer, Choice]:
+def choose(buffer: Buffer, key, slots, ended, now, curriculum: Curriculum) -> tuple[Buffer, Choice]:
     """New levels for the agents that ``ended`` [A]: a scored one with probability ``p_replay``, else a new one.
 
     ``rank`` without staleness takes the levels of the highest scores, in order; otherwise they are drawn, without repetition.
@@ -139,14 +159,14 @@ def choose(
     """
     num = len(slots)
     key_replay, key_scored, key_new = jax.random.split(key, 3)
-    log_weight = replay_weight(buffer, now, transform, temperature, staleness)
-    if transform != "rank" or staleness > 0:
+    log_weight = replay_weight(buffer, now, curriculum)
+    if curriculum.transform != "rank" or curriculum.staleness > 0:
         log_weight = log_weight + jax.random.gumbel(key_scored, log_weight.shape)
     scored = jax.lax.top_k(log_weight, num)[1]
     fresh = ~buffer.active & buffer.new
     unseen = jax.lax.top_k(jnp.where(fresh, jax.random.uniform(key_new, fresh.shape), -1.0), num)[1]
     enough = (~buffer.active & ~buffer.new).sum() >= num
-    replays = ended & enough & (jax.random.uniform(key_replay, (num,)) < p_replay)
+    replays = ended & enough & (jax.random.uniform(key_replay, (num,)) < curriculum.p_replay)
 
     def nth(flags):
         """Which of the agents so flagged an agent is, from 0 on."""
@@ -194,8 +214,8 @@ def episode_return(env: Environment, act: Callable, level: PyTree, key: jax.Arra
 class A2C(NamedTuple):
     """Numbers of the antagonist; learning rates, bounds and networks are those of the rule's agent."""
 
-    gamma: float = 0.99
-    gae_lambda: float = 0.95
+    gamma: float
+    gae_lambda: float
     entropy_coef: float = 0.01
 
 

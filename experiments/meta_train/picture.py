@@ -13,7 +13,8 @@ import numpy as np
 
 from pgjax.algorithms import lpg
 from pgjax.envs import grid_world
-from pgjax.experiments.meta_train import lpg as meta
+from pgjax.experiments.meta_train import agents
+from pgjax.experiments.meta_train.lpg import Args, inner_of
 from pgjax.experiments.plots import pyplot, save
 from pgjax.learned import files as learned_files
 from pgjax.learned.rule import read_convention
@@ -26,18 +27,18 @@ def targets(rule: learned_files.Learned, level: str, updates: int = 250, seed: i
     """
     spec, params = read_convention(rule.params, rule.convention)
     num_envs, num_steps = (int(rule.convention.get(name, usual)) for name, usual in (("num_envs", 64), ("num_steps", 20)))
-    inner = meta.make_inner(level, spec, num_envs=num_envs, num_steps=num_steps, window=1, outcome=meta.Outcome())
-    family, where = inner.env.family, inner.env.default_params  # pyright: ignore[reportAttributeAccessIssue]
+    inner = inner_of(Args(levels=level, num_envs=num_envs, num_steps=num_steps), spec)
+    family, where = inner.family, inner.env.default_params
     params = jax.tree.map(jnp.asarray, params)
     hypers = inner.algorithm.hypers.replace(rule=params)
 
     @jax.jit
     def play(key):
         keys = jax.random.split(key, 3)
-        state = meta.raised(inner, params, where, jnp.float32(updates), *keys[:2], longest=updates // 2)
+        state = agents.raised(inner, params, where, jnp.float32(updates), *keys[:2], longest=updates // 2)
 
         def one(state, key):
-            state, rollout = meta.collect(inner, state, key)
+            state, rollout = agents.collect(inner, state, key)
             said = lpg.ask_rule(
                 inner.algorithm.core, params, state.learner.params, rollout, updates // 2, updates, hypers.gamma
             )

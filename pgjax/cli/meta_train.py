@@ -47,6 +47,8 @@ def command(argv: list[str]) -> int:
         if request.get("name") != name:
             raise RequestError(f"--resume: {out} holds a meta-training of {request.get('name')}, not of {name}")
         fields = {field.name for field in dataclasses.fields(module.Args)}
+        # A request without devices is of a time when there was one.
+        request = {"devices": 1, **request}
         args = cls(**{key: value for key, value in request.items() if key in {*fields, "seed"}}, out=out, resume=True)
     request = {"name": name, **{field.name: getattr(args, field.name) for field in dataclasses.fields(module.Args)}}
     trainer = module.build(args, pairs)

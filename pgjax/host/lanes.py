@@ -3,7 +3,7 @@
 import os
 import resource
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -117,6 +117,18 @@ class Spread:
     def take(self, tree: Any) -> Any:
         """Padded lanes to lanes, on the host."""
         return jax.tree.map(lambda x: np.asarray(x)[: self.num_lanes], tree)
+
+
+def over_devices(fn: Callable, devices: Sequence[Device], in_specs: Any, out_specs: Any) -> Callable:
+    """``fn`` on every device, of its share of the arguments; what it returns, every device then has whole.
+
+    Args: in_specs, out_specs: of ``jax.shard_map``, over the axis ``lanes``. One device runs ``fn`` as it is.
+    """
+    if len(devices) == 1:
+        return fn
+    mesh = Mesh(np.asarray(devices), ("lanes",))
+    mapped = jax.shard_map(fn, mesh=mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False)
+    return lambda *args: jax.lax.with_sharding_constraint(mapped(*args), NamedSharding(mesh, PartitionSpec()))
 
 
 def program_bytes(compiled, num_devices: int) -> int:
