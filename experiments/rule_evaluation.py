@@ -1,0 +1,128 @@
+"""Learned rules on levels that no meta-training sees, beside A2C, an untrained rule and the optimum.
+
+    python -m pgjax.experiments.rule_evaluation lpg:default runs/groove/learned.npz --levels small --num 256 --updates 60
+
+On every level an agent lives by each rule for as many updates, and one learns by A2C with the same network, step sizes and
+budget. A score is the agents' mean return over the mean of the largest expected returns; its interval is a bootstrap over
+levels, and differences to A2C are paired by level. All see the same levels.
+"""
+
+import dataclasses
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import tyro
+
+from pgjax.errors import RequestError
+from pgjax.experiments.compare import markdown_table
+from pgjax.experiments.meta_train import held_out, lpg
+from pgjax.experiments.meta_train.agents import Inner
+from pgjax.host import lanes
+from pgjax.learned import files as learned_files
+from pgjax.learned.rule import init_rule, read_convention
+
+_RESAMPLES = 10_000
+_LEVEL = 0.95
+# Agents side by side; more need more memory.
+_CHUNK = 64
+
+
+@dataclasses.dataclass
+class Args:
+    """Compare learned rules on unseen levels."""
+
+    rules: tuple[str, ...]
+    """Names or files, such as lpg:default."""
+    levels: str = "small"
+    """Grid-World levels whose optimum is known: a name of pgjax list envs behind grid/, of random levels."""
+    num: int = 256
+    """Levels."""
+    updates: int | None = None
+    """Updates of every agent; the longest life of each rule's meta-training if not given."""
+    seed: int = 0
+    """Of the levels and the agents."""
+    out: Path | None = None
+    """Write the table to this file as well."""
+
+
+def returns_of(rule: learned_files.Learned, levels: str, num: int, updates: int | None, seed: int = 0) -> dict[str, np.ndarray]:
+    """Returns [L] on ``num`` levels by name: ``rule``, ``start`` (the same network as it is drawn), ``a2c`` and ``best``.
+
+    Raises: RequestError if the levels' optimum is not known.
+    """
+    spec, params = read_convention(rule.params, rule.convention)
+    size = {name: int(rule.convention.get(name, usual)) for name, usual in (("num_envs", 64), ("num_steps", 20))}
+    inner = lpg.inner_of(lpg.Args(levels=levels, **size), spec)
+    if not inner.family.tabular:
+        raise RequestError(f"levels = {levels!r}: their optimum is not known; choose tabular ones, such as small")
+    updates = updates or int(rule.convention["lifetime"][1])
+    found = held_out.sample(inner.family, num, seed)
+    start = _compared(inner, init_rule(spec, jax.random.key(seed)), found, updates, seed)
+    trained = _compared(inner, jax.tree.map(jnp.asarray, params), found, updates, seed)
+    return {"rule": trained["rule"], "start": start["rule"], "a2c": trained["a2c"], "best": trained["best"]}
+
+
+def _compared(inner: Inner, rule, levels, updates: int, seed: int) -> dict[str, np.ndarray]:
+    num = len(jax.tree.leaves(levels)[0])
+    run = jax.jit(lambda part, key: held_out.compare(inner, rule, part, jnp.full(len(part.size), float(updates)), key))
+    keys = jax.random.split(jax.random.key(seed), -(-num // _CHUNK))
+    parts = [
+        run(jax.tree.map(lambda x: x[i * _CHUNK : (i + 1) * _CHUNK], levels), key)  # noqa: B023
+        for i, key in enumerate(keys)
+    ]
+    return {name: np.concatenate([np.asarray(getattr(part, name)) for part in parts]) for name in ("rule", "a2c", "best")}
+
+
+def score(returns: np.ndarray, best: np.ndarray, other: np.ndarray | None = None) -> tuple[float, float, float]:
+    """Mean return over mean best return [L], less that of ``other``, and the ends of its bootstrap interval over levels."""
+    gain = returns if other is None else returns - other
+    picks = np.random.default_rng(0).integers(len(best), size=(_RESAMPLES, len(best)))
+    resampled = gain[picks].mean(1) / best[picks].mean(1)
+    low, high = np.quantile(resampled, [(1 - _LEVEL) / 2, (1 + _LEVEL) / 2])
+    return float(gain.mean() / best.mean()), float(low), float(high)
+
+
+def table(rules: tuple[str, ...], levels: str, num: int, updates: int | None, seed: int = 0) -> str:
+    """Scores of all rules, as Markdown."""
+    rows, seen = [], set()
+    for name in rules:
+        rule = learned_files.load(name, "lpg")
+        returns = returns_of(rule, levels, num, updates, seed)
+        best = returns["best"]
+        setting = (updates or rule.convention["lifetime"][1], rule.convention.get("num_envs"))
+        rows += [_row(name, returns["rule"], best, returns["a2c"]), _row(f"{name}, untrained", returns["start"], best, None)]
+        # A2C's score depends on the budget, not on the rule.
+        if setting not in seen:
+            rows.append(_row("A2C" if len(rules) == 1 else f"A2C, {setting[0]} updates", returns["a2c"], best, None))
+        seen.add(setting)
+    return markdown_table(("rule", "score", "less A2C"), rows)
+
+
+def _row(name: str, returns: np.ndarray, best: np.ndarray, a2c: np.ndarray | None) -> tuple[str, str, str]:
+    told = ["{:.3f} [{:.3f}, {:.3f}]".format(*score(returns, best))]
+    told.append("" if a2c is None else "{:+.3f} [{:+.3f}, {:+.3f}]".format(*score(returns, best, a2c)))
+    return name, *told
+
+
+def main() -> int:
+    """The command."""
+    args = tyro.cli(Args, config=(tyro.conf.PositionalRequiredArgs,))
+    lanes.use_compilation_cache()
+    try:
+        if args.num < 2:
+            raise RequestError(f"--num {args.num} must be at least 2")
+        text = table(args.rules, args.levels, args.num, args.updates, args.seed)
+    except RequestError as error:
+        print(error, file=sys.stderr)
+        return 2
+    print(text)
+    if args.out:
+        args.out.write_text(text + "\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
