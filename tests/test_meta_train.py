@@ -249,7 +249,7 @@ for devices in (1, 2):
     assert len(trainer.devices) == devices
     loop.meta_train(trainer._replace(report=None), f"{sys.argv[1]}/{devices}", 3)
 """
-    done = run_python(code, str(tmp_path))
+    done = run_python(code, str(tmp_path), timeout=900)
     assert done.returncode == 0, done.stderr
     (one, one_rows), (two, two_rows) = (contents(tmp_path / name) for name in "12")
     for name in one.params:
