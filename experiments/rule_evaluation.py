@@ -54,8 +54,8 @@ def returns_of(rule: learned_files.Learned, levels: str, num: int, updates: int 
     Raises: RequestError if the levels' optimum is not known.
     """
     spec, params = read_convention(rule.params, rule.convention)
-    size = {name: int(rule.convention.get(name, usual)) for name, usual in (("num_envs", 64), ("num_steps", 20))}
-    inner = lpg.inner_of(lpg.Args(levels=levels, **size), spec)
+    num_envs, num_steps = (int(rule.convention.get(name, usual)) for name, usual in (("num_envs", 64), ("num_steps", 20)))
+    inner = lpg.inner_of(lpg.Args(levels=levels, num_envs=num_envs, num_steps=num_steps), spec)
     if not inner.family.tabular:
         raise RequestError(f"levels = {levels!r}: their optimum is not known; choose tabular ones, such as small")
     updates = updates or int(rule.convention["lifetime"][1])
@@ -102,9 +102,8 @@ def table(rules: tuple[str, ...], levels: str, num: int, updates: int | None, se
 
 
 def _row(name: str, returns: np.ndarray, best: np.ndarray, a2c: np.ndarray | None) -> tuple[str, str, str]:
-    told = ["{:.3f} [{:.3f}, {:.3f}]".format(*score(returns, best))]
-    told.append("" if a2c is None else "{:+.3f} [{:+.3f}, {:+.3f}]".format(*score(returns, best, a2c)))
-    return name, *told
+    ahead = "" if a2c is None else "{:+.3f} [{:+.3f}, {:+.3f}]".format(*score(returns, best, a2c))
+    return name, "{:.3f} [{:.3f}, {:.3f}]".format(*score(returns, best)), ahead
 
 
 def main() -> int:
