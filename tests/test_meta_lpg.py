@@ -442,7 +442,8 @@ def test_partners_begin_alike_and_short_lives_end_early():
     assert (one.learner.params.actor != short.learner.params.actor).any() and long.env_steps == 9 * T * B
 
 
-@pytest.mark.parametrize("method", ["gradient", pytest.param("evolution", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["gradient", "evolution"])
 def test_two_host_devices_give_what_one_gives(method, tmp_path):
     """To rounding, for means are of other groups; on the same devices a run cut short goes on bit for bit."""
     code = """
