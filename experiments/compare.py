@@ -24,7 +24,7 @@ import pandas as pd
 
 import pgjax
 from pgjax import algorithms
-from pgjax.algorithms import lpo
+from pgjax.algorithms import lpg, lpo
 from pgjax.errors import RequestError
 from pgjax.experiments import presets
 from pgjax.experiments.objective_file import is_learned, load_objective, pinned, split_hash
@@ -280,6 +280,7 @@ def _spec(request: Request, name: str, module: ModuleType, settings: Settings) -
         # A fixed number: cut down run by run, as the runner would, the algorithms would be judged by unequal evaluations.
         eval_episodes=episodes if request.eval_episodes is None else request.eval_episodes,
         objective=pinned(name) if learned else None,
+        rule=lpg.pinned(None) if name == "lpg" else None,
         devices=request.devices,
         preset=settings.preset,
     )
@@ -287,7 +288,7 @@ def _spec(request: Request, name: str, module: ModuleType, settings: Settings) -
 
 def build(spec: RunSpec, env: Environment) -> Algorithm:
     """The algorithm of ``spec`` on an environment that was made already."""
-    return pgjax.make(spec.algorithm, env, objective=load_objective(spec.objective), **spec.setup)
+    return pgjax.make(spec.algorithm, env, objective=load_objective(spec.objective), rule=spec.rule, **spec.setup)
 
 
 # --- the folder
