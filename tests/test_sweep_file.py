@@ -5,6 +5,7 @@ import math
 import tomllib
 from pathlib import Path
 
+import jax
 import pytest
 
 import pgjax
@@ -13,6 +14,9 @@ from pgjax.experiments.sweeps import folder as folder_
 from pgjax.experiments.sweeps.folder import SweepFolder, cell_of
 from pgjax.experiments.sweeps.plan import cells_of, group_cells, plan
 from pgjax.experiments.sweeps.sweep_file import read_sweep, sample
+from pgjax.learned import files as learned_files
+from pgjax.learned.files import Learned
+from pgjax.learned.rule import RuleSpec, convention_of, init_rule
 
 MINIMAL = """
 algorithms = ["ppo"]
@@ -167,6 +171,20 @@ def test_the_code_of_an_own_objective_is_part_of_a_cell(tmp_path):
     name = cell_of(spec).name
     file.write_text("def f(log_ratio, advantage): return 2 * advantage")
     assert cell_of(spec).name != name
+
+
+def test_the_weights_of_a_rule_are_part_of_a_cell(tmp_path):
+    text = MINIMAL.replace("ppo", "lpg")
+    file = tmp_path / "rule.npz"
+    names = []
+    for seed in (0, 1, 0):
+        spec = RuleSpec(hidden_size=4)
+        learned_files.save(file, Learned("lpg", init_rule(spec, jax.random.key(seed)), convention_of(spec), {}))
+        (found,) = read(tmp_path, f'rule = "{file}"\n{text}').specs
+        assert found.rule.startswith(f"{file}@")
+        names.append(cell_of(found).name)
+    assert names[0] != names[1] and names[0] == names[2]
+    assert read(tmp_path, text).specs[0].rule.startswith("lpg:default@")
 
 
 def test_groups_are_setups_whatever_the_hypers_and_seeds(tmp_path):

@@ -60,11 +60,9 @@ def cell_of(spec: RunSpec) -> Cell:
         "pgjax": pgjax.__version__,
         "env": env_versions(spec.env),
     }
-    # A learned objective has the hash of its weights in its name.
+    # A learned objective or rule has the hash of its weights in its name.
     if spec.objective and not is_learned(spec.objective):
         determining["objective"] = Path(spec.objective.rpartition(":")[0]).read_text()
-    if spec.rule and Path(spec.rule).is_file():
-        determining["rule"] = hashlib.sha256(Path(spec.rule).read_bytes()).hexdigest()
     digest = hashlib.sha256(json.dumps(to_json(determining), sort_keys=True).encode()).hexdigest()
     return Cell(spec, f"{spec.algorithm}-{spec.env.replace('/', '-')}-{digest[:16]}")
 

@@ -31,6 +31,7 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 import numpy as np
 
 from pgjax import algorithms
+from pgjax.algorithms import lpg
 from pgjax.errors import RequestError, close_names
 from pgjax.experiments import presets
 from pgjax.experiments.objective_file import pinned
@@ -155,6 +156,8 @@ def _base(algorithm: str, module: ModuleType, env: str, parts) -> tuple[RunSpec,
             values[name] = part[name]
     if "objective" in values:
         values["objective"] = pinned(values["objective"])
+    if algorithm == "lpg":
+        values["rule"] = lpg.pinned(values.get("rule"))
     preset = presets.find(values.pop("preset", "auto"), algorithm, env)
     seeds = _seeds(values.pop("seeds", 1), values.pop("seed_start", 0))
     spec = RunSpec(
