@@ -113,6 +113,8 @@ def main() -> int:
     try:
         if args.num < 2:
             raise RequestError(f"--num {args.num} must be at least 2")
+        if args.updates is not None and args.updates < 1:
+            raise RequestError(f"--updates {args.updates} must be at least 1")
         text = table(args.rules, args.levels, args.num, args.updates, args.seed)
     except RequestError as error:
         print(error, file=sys.stderr)
