@@ -286,6 +286,7 @@ def test_every_file_can_be_read_and_its_runs_exist():
         ("spo", "spo", "ppo", set()),
         ("spo", "spo_deep", "ppo_deep", set()),
         ("dpo", "dpo", "ppo", {"alpha", "beta", "clip_eps"}),
+        ("dpo", "dpo_mujoco", "ppo_mujoco", {"alpha", "beta", "clip_eps"}),
     ],
 )
 def test_runs_that_a_claim_compares_differ_in_the_method_alone(name, one, other, own):
