@@ -1,6 +1,7 @@
 """Learned rules on levels that no meta-training sees, beside A2C, an untrained rule and the optimum.
 
     python -m pgjax.experiments.rule_evaluation lpg:default runs/groove/learned.npz --levels small --num 256 --updates 60
+    python -m pgjax.experiments.rule_evaluation runs/groove-{0,1,2}/learned.npz --against runs/uniform-{0,1,2}/learned.npz
 
 On every level an agent lives by each rule for as many updates, and one learns by A2C with the same network, step sizes and
 budget. A score is the agents' mean return over the mean of the largest expected returns; its interval is a bootstrap over
@@ -16,10 +17,11 @@ import jax.numpy as jnp
 import numpy as np
 import tyro
 
+from pgjax.envs import grid_world
 from pgjax.errors import RequestError
 from pgjax.experiments.compare import markdown_table
 from pgjax.experiments.meta_train import held_out, lpg
-from pgjax.experiments.meta_train.agents import Inner
+from pgjax.experiments.reproduce.verdicts import centre, difference_interval, mean_interval
 from pgjax.host import lanes
 from pgjax.learned import files as learned_files
 from pgjax.learned.rule import init_rule, read_convention
@@ -42,14 +44,19 @@ class Args:
     """Levels."""
     updates: int | None = None
     """Updates of every agent; the longest life of each rule's meta-training if not given."""
+    against: tuple[str, ...] = ()
+    """Rules of another kind. Both kinds then have one rule for each seed of their meta-training, and what is told is their
+    mean scores over those and the difference."""
     seed: int = 0
     """Of the levels and the agents."""
     out: Path | None = None
     """Write the table to this file as well."""
 
 
-def returns_of(rule: learned_files.Learned, levels: str, num: int, updates: int | None, seed: int = 0) -> dict[str, np.ndarray]:
-    """Returns [L] on ``num`` levels by name: ``rule``, ``start`` (the same network as it is drawn), ``a2c`` and ``best``.
+def returns_of(
+    rule: learned_files.Learned, levels: str, num: int, updates: int | None, seed: int = 0, *, others: bool = True
+) -> dict[str, np.ndarray]:
+    """Returns [L] on ``num`` levels by name: ``rule``, ``best``, and with ``others`` ``a2c`` and the untrained ``start``.
 
     Raises: RequestError if the levels' optimum is not known.
     """
@@ -59,21 +66,24 @@ def returns_of(rule: learned_files.Learned, levels: str, num: int, updates: int 
     if not inner.family.tabular:
         raise RequestError(f"levels = {levels!r}: their optimum is not known; choose tabular ones, such as small")
     updates = updates or int(rule.convention["lifetime"][1])
+
+    def part(rule, start, levels, key):
+        lives = jnp.full(len(levels.size), float(updates))
+        if not others:
+            best = jax.vmap(lambda level: grid_world.optimal_return(inner.family, level))(levels)
+            return {"rule": held_out.by_rule(inner, rule, levels, lives, key), "best": best}
+        start = held_out.by_rule(inner, start, levels, lives, key)
+        return {"start": start, **held_out.compare(inner, rule, levels, lives, key)._asdict()}
+
+    run = jax.jit(part)
+    params, start = jax.tree.map(jnp.asarray, params), init_rule(spec, jax.random.key(seed))
     found = held_out.sample(inner.family, num, seed)
-    start = _compared(inner, init_rule(spec, jax.random.key(seed)), found, updates, seed)
-    trained = _compared(inner, jax.tree.map(jnp.asarray, params), found, updates, seed)
-    return {"rule": trained["rule"], "start": start["rule"], "a2c": trained["a2c"], "best": trained["best"]}
-
-
-def _compared(inner: Inner, rule, levels, updates: int, seed: int) -> dict[str, np.ndarray]:
-    num = len(jax.tree.leaves(levels)[0])
-    run = jax.jit(lambda part, key: held_out.compare(inner, rule, part, jnp.full(len(part.size), float(updates)), key))
     keys = jax.random.split(jax.random.key(seed), -(-num // _CHUNK))
     parts = [
-        run(jax.tree.map(lambda x: x[i * _CHUNK : (i + 1) * _CHUNK], levels), key)  # noqa: B023
+        run(params, start, jax.tree.map(lambda x: x[i * _CHUNK : (i + 1) * _CHUNK], found), key)  # noqa: B023
         for i, key in enumerate(keys)
     ]
-    return {name: np.concatenate([np.asarray(getattr(part, name)) for part in parts]) for name in ("rule", "a2c", "best")}
+    return {name: np.concatenate([np.asarray(part[name]) for part in parts]) for name in parts[0]}
 
 
 def score(returns: np.ndarray, best: np.ndarray, other: np.ndarray | None = None) -> tuple[float, float, float]:
@@ -101,6 +111,24 @@ def table(rules: tuple[str, ...], levels: str, num: int, updates: int | None, se
     return markdown_table(("rule", "score", "less A2C"), rows)
 
 
+def kinds_table(
+    rules: tuple[str, ...], against: tuple[str, ...], levels: str, num: int, updates: int | None, seed: int = 0
+) -> str:
+    """Mean scores of two kinds of rules over meta-seeds, with 95 % intervals over those (Student's, Welch's), as Markdown."""
+    scores = []
+    for names in (rules, against):
+        found = [returns_of(learned_files.load(name, "lpg"), levels, num, updates, seed, others=False) for name in names]
+        scores.append(np.array([held_out.normalized_score(returns["rule"], returns["best"]) for returns in found]))
+    rows = [
+        (label, ", ".join(f"{x:.3f}" for x in kind), "{:.3f} [{:.3f}, {:.3f}]".format(*mean_interval(kind)))
+        for label, kind in zip(("rules", "against"), scores, strict=True)
+    ]
+    (mean, *spread), (other, *other_spread) = (centre(kind) for kind in scores)
+    told = difference_interval(mean - other, *spread, *other_spread)
+    rows.append(("difference", "", "{:+.3f} [{:+.3f}, {:+.3f}]".format(*told)))
+    return markdown_table(("kind", "scores", "mean"), rows)
+
+
 def _row(name: str, returns: np.ndarray, best: np.ndarray, a2c: np.ndarray | None) -> tuple[str, str, str]:
     ahead = "" if a2c is None else "{:+.3f} [{:+.3f}, {:+.3f}]".format(*score(returns, best, a2c))
     return name, "{:.3f} [{:.3f}, {:.3f}]".format(*score(returns, best)), ahead
@@ -115,7 +143,10 @@ def main() -> int:
             raise RequestError(f"--num {args.num} must be at least 2")
         if args.updates is not None and args.updates < 1:
             raise RequestError(f"--updates {args.updates} must be at least 1")
-        text = table(args.rules, args.levels, args.num, args.updates, args.seed)
+        if args.against and min(len(args.rules), len(args.against)) < 2:
+            raise RequestError("--against needs two rules or more of either kind; an interval over one is not to be had")
+        settings = args.levels, args.num, args.updates, args.seed
+        text = kinds_table(args.rules, args.against, *settings) if args.against else table(args.rules, *settings)
     except RequestError as error:
         print(error, file=sys.stderr)
         return 2

@@ -1,10 +1,14 @@
 """Scores of rules, and the rules that are shipped."""
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
+from scipy import stats
 
 from pgjax.errors import RequestError
 from pgjax.experiments import rule_evaluation
+from pgjax.experiments.meta_train import held_out, lpg
 from pgjax.learned import files as learned_files
 from pgjax.learned.rule import read_convention
 
@@ -42,3 +46,36 @@ def test_the_shipped_rule_teaches_and_the_untrained_one_does_not():
     found = rule_evaluation.returns_of(learned_files.load("lpg:default", "lpg"), "small", 64, 60)
     for other in (found["start"], 0.7 * found["best"]):
         assert rule_evaluation.score(found["rule"], found["best"], other)[1] > 0
+
+
+def test_returns_are_those_of_meta_trainings_own_comparison():
+    rule = learned_files.load("lpg:default", "lpg")
+    spec, params = read_convention(rule.params, rule.convention)
+    inner = lpg.inner_of(lpg.Args(levels="small", num_envs=16), spec)
+    found = rule_evaluation.returns_of(rule, "small", 3, 2)
+    alone = rule_evaluation.returns_of(rule, "small", 3, 2, others=False)
+    levels, lives = held_out.sample(inner.family, 3), jnp.full(3, 2.0)
+    expected = held_out.compare(inner, params, levels, lives, jax.random.split(jax.random.key(0), 1)[0])
+    for name in ("rule", "a2c", "best"):
+        np.testing.assert_allclose(found[name], getattr(expected, name), rtol=1e-5, atol=1e-6)
+    for name in ("rule", "best"):
+        np.testing.assert_allclose(alone[name], found[name], rtol=1e-5, atol=1e-6)
+
+
+def test_two_kinds_differ_by_the_means_of_their_seeds(monkeypatch):
+    """Scores 0.5, 0.6, 0.7 against 0.2, 0.4, each on two levels; Welch's interval from SciPy."""
+    scores = dict(zip("abcde", (0.5, 0.6, 0.7, 0.2, 0.4), strict=True))
+    monkeypatch.setattr(learned_files, "load", lambda name, kind: name)
+
+    def returns_of(name, *_, **__):
+        return {"rule": scores[name] * np.array([1.0, 3.0]), "best": np.array([1.0, 3.0])}
+
+    monkeypatch.setattr(rule_evaluation, "returns_of", returns_of)
+    text = rule_evaluation.kinds_table(tuple("abc"), tuple("de"), "small", 2, None)
+    low, high = stats.ttest_ind([0.5, 0.6, 0.7], [0.2, 0.4], equal_var=False).confidence_interval()
+    assert f"+0.300 [{low:+.3f}, {high:+.3f}]" in text and "0.500, 0.600, 0.700" in text
+
+
+def test_a_single_rule_of_a_kind_is_refused(monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", ["rule_evaluation", "lpg:default", "--against", "lpg:default", "lpg:default"])
+    assert rule_evaluation.main() == 2 and "two rules or more" in capsys.readouterr().err

@@ -28,17 +28,24 @@ class Comparison(NamedTuple):
 def compare(inner: Inner, rule: PyTree, levels: PyTree, lifetime: jax.Array, key: jax.Array) -> Comparison:
     """Raises an agent by the rule, and one by A2C with the same network, step sizes and budget, on each of ``levels`` [L]."""
 
-    def on(level, lifetime, key):
-        key_birth, key_life, key_play, key_a2c = jax.random.split(key, 4)
-        learner = raised(inner, rule, level, lifetime, key_birth, key_life).learner
-        other = a2c_earns(inner, level, lifetime, key_a2c)
-        return earns(inner, learner, level, key_play), other
+    def a2c(level, lifetime, key):
+        return a2c_earns(inner, level, lifetime, jax.random.split(key, 4)[3])
 
-    num = len(lifetime)
-    ours, theirs = jax.vmap(on)(levels, lifetime, jax.random.split(key, num))
+    theirs = jax.vmap(a2c)(levels, lifetime, jax.random.split(key, len(lifetime)))
     family = inner.family
     best = jax.vmap(lambda level: grid_world.optimal_return(family, level))(levels) if family.tabular else None
-    return Comparison(ours, theirs, best)
+    return Comparison(by_rule(inner, rule, levels, lifetime, key), theirs, best)
+
+
+def by_rule(inner: Inner, rule: PyTree, levels: PyTree, lifetime: jax.Array, key: jax.Array) -> jax.Array:
+    """Returns [L] at the end of a life by the rule on each of ``levels`` [L]; as in ``compare`` with the same key."""
+
+    def on(level, lifetime, key):
+        key_birth, key_life, key_play, _ = jax.random.split(key, 4)
+        learner = raised(inner, rule, level, lifetime, key_birth, key_life).learner
+        return earns(inner, learner, level, key_play)
+
+    return jax.vmap(on)(levels, lifetime, jax.random.split(key, len(lifetime)))
 
 
 def sample(family: grid_world.Family, num: int, seed: int = 0) -> PyTree:
