@@ -9,6 +9,7 @@ from scipy import stats
 
 import pgjax
 from pgjax import cli
+from pgjax.experiments import reproduce
 from pgjax.experiments.reproduce import measured, paper_file, verdicts
 from pgjax.experiments.reproduce.measured import Measured, dump, load
 from pgjax.experiments.reproduce.paper_file import Claim, ClaimTest, Numbers, Paper, list_papers, read_paper
@@ -246,6 +247,42 @@ tests = [{ left = "main", right = 1.0, metric = "kl:max", expect = "less" }]
     assert "report" in {path.stem for path in out.glob("*.html")}
     assert cli._main(command) == 0
     assert "0 groups" not in capsys.readouterr().out and len(list((out / "cells").iterdir())) == 1
+
+
+def test_what_was_kept_for_another_paper_is_not_run_again(tmp_path, monkeypatch, capsys):
+    """Only where the whole request is the same, and never in place of the paper's own runs."""
+    run = """
+[run.NAME]
+algorithms = ["ppo"]
+envs = ["gymnax/CartPole-v1"]
+total_env_steps = 200
+num_evals = 1
+eval_episodes = 2
+seeds = 9
+preset = "none"
+setup = { num_envs = 4, num_steps = 25 }
+hypers = { learning_rate = RATE }
+"""
+    for name, rates in {"one": {"a": 1e-3}, "two": {"same": 1e-3, "other": 2e-3}}.items():
+        runs = "".join(run.replace("NAME", label).replace("RATE", f"{rate}") for label, rate in rates.items())
+        (tmp_path / f"{name}.toml").write_text(f'title = "{name}"\nsource = "us"\n[scale.cpu]\n{runs}')
+    kept = tmp_path / "kept"
+    monkeypatch.setattr(paper_file, "PUBLISHED", tmp_path)
+    for module in (measured, reproduce):
+        monkeypatch.setattr(module, "RESULTS", kept)
+    assert cli._main(["reproduce", "one", "--scale", "cpu", "--out", str(tmp_path / "1"), "--record"]) == 0
+    (first,), _ = load(kept / "one-cpu.json")
+    assert cli._main(["reproduce", "two", "--scale", "cpu", "--out", str(tmp_path / "2"), "--record", "--reuse"]) == 0
+    assert "same: ppo on gymnax/CartPole-v1 is taken" in capsys.readouterr().out
+    # Nine seeds are two cells; those of `same` are not there.
+    assert len(list((tmp_path / "2" / "cells").iterdir())) == 2
+    other, same = sorted(load(kept / "two-cpu.json")[0], key=lambda each: each.run)
+    assert (other.run, same.run) == ("other", "same") and len(other.result.seeds) == len(same.result.seeds) == 9
+    np.testing.assert_array_equal(same.scores("mode"), first.scores("mode"))
+    assert same.result.provenance == first.result.provenance
+    assert {each.run for each in measured.kept_elsewhere(read_paper("one"), "cpu")} == {"a"}  # from "two" alone
+    (kept / "two-cpu.json").unlink()
+    assert not measured.kept_elsewhere(read_paper("one"), "cpu")
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from pgjax.errors import RequestError
 from pgjax.experiments.report import write_report
-from pgjax.experiments.reproduce.measured import RESULTS, Measured, dump, measure
+from pgjax.experiments.reproduce.measured import RESULTS, Measured, dump, kept_elsewhere, measure
 from pgjax.experiments.reproduce.paper_file import SCALES, Paper, list_papers, read_paper
 from pgjax.experiments.reproduce.verdicts import claim_rows, number_rows, summary, to_csv, to_markdown
 from pgjax.experiments.sweeps import driver
@@ -30,6 +30,7 @@ def reproduce(
     options: driver.Options,
     *,
     record: bool = False,
+    reuse: bool = False,
     say: Callable[[str], None] = print,
 ) -> bool:
     """Runs what is left of a paper's reproduction, and writes its tables.
@@ -37,18 +38,23 @@ def reproduce(
     Args:
       paper: name of a file in ``experiments/published``.  scale: one of ``SCALES``.  options: where and how to run.
       record: keep the results beside the published numbers, for the page.
+      reuse: take over what was kept for other papers at the same request, in place of running it.
     Returns: whether every run is finished.
     Raises: RequestError for an unknown paper or scale, or one without runs.
     """
     content = read_paper(paper)
-    sweep = content.sweep(scale)
+    taken = kept_elsewhere(content, scale) if reuse else []
+    sweep = content.sweep(scale, {(each.run, each.algorithm, each.env) for each in taken})
     if record and scale == "smoke":
         raise RequestError("--record: smoke proves the path only; use --scale cpu or full")
-    command = f"pgjax reproduce {paper} --scale {scale}"
+    command = f"pgjax reproduce {paper} --scale {scale}{' --reuse' if reuse else ''}"
     again = f"{command} --out {shlex.quote(str(options.out))}"
     say(f"{content.title} ({content.source}), scale {scale}")
+    for each in taken:
+        say(f"{each.run}: {each.algorithm} on {each.env} is taken from the results that were kept")
     done = driver.run_cells_of(sweep, options, command=again, again=again, say=say)
-    results = measure(content, scale, SweepFolder(options.out))
+    here = {(each.run, each.algorithm, each.env): each for each in measure(content, scale, SweepFolder(options.out))}
+    results = list({**here, **{(each.run, each.algorithm, each.env): each for each in taken}}.values())
     _write(content, scale, results, options.out, again, say)
     if record:
         if not done:

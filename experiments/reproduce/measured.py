@@ -79,6 +79,25 @@ class Measured:
         return scores
 
 
+def kept_elsewhere(paper: Paper, scale: str) -> list[Measured]:
+    """Results that were kept for other papers and answer a request of this one: the same but for the preset's name."""
+    files = [path for path in sorted(RESULTS.glob("*.json")) if path.stem.rpartition("-")[0] != paper.name]
+    known = {_request(each.result.config): each for path in reversed(files) for each in load(path)[0]}
+    found = []
+    for run, specs in paper.specs(scale).items():
+        requests: dict[tuple[str, str], dict[str, Any]] = {}
+        for config in (spec.config() for spec in specs):
+            whole = requests.setdefault((config["algorithm"], config["env"]), {**config, "seeds": []})
+            whole["seeds"] = [*whole["seeds"], *config["seeds"]]
+        matches = [known.get(_request(config)) for config in requests.values()]
+        found += [dataclasses.replace(match, run=run) for match in matches if match is not None]
+    return found
+
+
+def _request(config: dict[str, Any]) -> str:
+    return json.dumps({name: value for name, value in config.items() if name not in ("preset", "devices")}, sort_keys=True)
+
+
 def measure(paper: Paper, scale: str, folder: SweepFolder) -> list[Measured]:
     """What the finished cells of a scale came to."""
     found = []

@@ -37,6 +37,7 @@ text = "..."
 
 import dataclasses
 import tomllib
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -148,9 +149,10 @@ class Paper:
                 found[name] = list(specs_of(content))
         return found
 
-    def sweep(self, scale: str) -> Sweep:
-        """All runs of a scale as one sweep."""
-        specs = tuple(spec for several in self.specs(scale).values() for spec in several)
+    def sweep(self, scale: str, without: Collection[tuple[str, str, str]] = ()) -> Sweep:
+        """All runs of a scale as one sweep, but for those ``(run, algorithm, env)``."""
+        pairs = [(run, spec) for run, several in self.specs(scale).items() for spec in several]
+        specs = tuple(spec for run, spec in pairs if (run, spec.algorithm, spec.env) not in without)
         return Sweep(_path(self.name), _path(self.name).read_text(), specs, None, {"name": "local"})
 
 

@@ -24,6 +24,8 @@ class ReproduceArgs:
     """Where the runs go; processes of this machine if not given."""
     retry: tuple[Literal["failed", "unreadable"], ...] = ()
     """Kinds of cells to run again."""
+    reuse: bool = False
+    """Take over results that were kept for other papers where the request is the same, in place of running it again."""
     record: bool = False
     """Keep the results beside the published numbers, for --page."""
     page: Path | None = None
@@ -51,4 +53,4 @@ def command(argv: list[str]) -> int:
         raise RequestError(f"name a paper: {', '.join(list_papers())}")
     out = args.out or Path("runs") / f"reproduce-{args.paper}-{args.scale}"
     options = Options(out, args.engine, args.workers, None, args.retry)
-    return 0 if reproduce(args.paper, args.scale, options, record=args.record) else EXIT_FAILED
+    return 0 if reproduce(args.paper, args.scale, options, record=args.record, reuse=args.reuse) else EXIT_FAILED
