@@ -53,7 +53,7 @@ SPOT_CHECKS = [
 
 
 def test_the_files_are_there():
-    papers = "ppo trpo gae reinforce guide vmpo mdpo spo fixpo dpo props avg sac lpg temporally_aware"
+    papers = "ppo trpo gae reinforce guide vmpo mdpo spo fixpo dpo lpo ta props avg sac lpg groove"
     assert set(FILES) == set(papers.split())
 
 

@@ -10,7 +10,7 @@ from scipy import stats
 import pgjax
 from pgjax import cli
 from pgjax.experiments import reproduce
-from pgjax.experiments.reproduce import measured, paper_file, verdicts
+from pgjax.experiments.reproduce import figures, measured, paper_file, verdicts
 from pgjax.experiments.reproduce.measured import Measured, dump, load
 from pgjax.experiments.reproduce.paper_file import Claim, ClaimTest, Numbers, Paper, list_papers, read_paper
 from pgjax.experiments.results import Result
@@ -338,6 +338,22 @@ def test_runs_that_a_claim_compares_differ_in_the_method_alone(name, one, other,
             assert getattr(left, field) == getattr(right, field), field
 
 
+def test_a_run_looks_the_same_in_every_panel_of_a_figure(tmp_path, monkeypatch):
+    """The panels share a legend."""
+    drawn = []
+    monkeypatch.setattr(figures, "save", lambda figure, out: drawn.append(figure))
+    other = "mujoco/Walker2d-v5"
+    runs = [("a", "ppo", ENV), ("b", "ppo", ENV), ("c", "trpo", ENV), ("a", "ppo", other), ("c", "trpo", other)]
+    figures.draw_paper(paper(), [ours([1.0, 2.0], run, name, env) for run, name, env in runs], tmp_path / "x.png")
+    first, second = ([(line.get_color(), line.get_linestyle()) for line in axis.lines] for axis in drawn[0].axes)
+    assert second == [first[0], first[2]] and len(set(first)) == 3
+    legend = {
+        text.get_text(): line.get_color()
+        for text, line in zip(*(getattr(drawn[0].legends[0], f"get_{part}")() for part in ("texts", "lines")), strict=True)
+    }
+    assert legend == {"ppo (a), ours": first[0][0], "ppo (b), ours": first[1][0], "trpo, ours": first[2][0]}
+
+
 def test_the_page_is_what_the_command_writes():
     from pgjax.experiments.reproduce.page import pages
 
@@ -350,7 +366,23 @@ def test_the_page_is_what_the_command_writes():
     "name",
     [
         pytest.param(name, marks=() if name in ("trpo", "fixpo") else pytest.mark.slow)
-        for name in ("ppo", "trpo", "spo", "fixpo", "dpo", "mdpo", "vmpo", "guide", "gae", "avg", "sac", "props")
+        for name in (
+            "ppo",
+            "trpo",
+            "spo",
+            "fixpo",
+            "dpo",
+            "mdpo",
+            "vmpo",
+            "guide",
+            "gae",
+            "avg",
+            "sac",
+            "props",
+            "lpo",
+            "ta",
+            "groove",
+        )
     ],
 )
 def test_smoke_of_a_paper(tmp_path, capsys, name):

@@ -38,9 +38,12 @@ def draw_paper(paper: Paper, results: Sequence[Measured], out: Path) -> bool:
         rows, columns, figsize=(4.2 * columns, 3.3 * rows + 0.9), squeeze=False, layout="constrained"
     )
     handles: dict[str, Any] = {}
+    # One style for a label in all panels: they share the legend.
+    labels = list(dict.fromkeys(_label(each, results) for each in results))
     for axis, env in zip(axes.flat, envs, strict=False):
-        for index, each in enumerate(result for result in results if result.env == env):
-            handles[_label(each, results)] = _curve(axis, each, "mode" if metric == "best" else metric, index)
+        for each in (result for result in results if result.env == env):
+            label = _label(each, results)
+            handles[label] = _curve(axis, each, "mode" if metric == "best" else metric, labels.index(label))
         reached = max(float(each.result.env_steps[-1]) for each in results if each.env == env)
         for index, numbers in enumerate(beside):
             for name, value in numbers.values.items():
