@@ -52,6 +52,9 @@ def evaluate_learned(args: Args) -> str:
         raise RequestError("--env is missing; name at least one environment of pgjax list envs")
     if args.out.exists() and any(args.out.iterdir()) and not args.resume:
         raise RequestError(f"--out {args.out} is not empty: continue it with --resume, or choose another --out")
+    if odd := [word for word in args.setup if "=" not in word]:
+        raise RequestError(f"--setup {odd[0]!r} must be K=V, such as learning_rate_schedule=constant")
+    setup = dict(word.split("=", 1) for word in args.setup)
     folders = {}
     for env in args.env:
         for budget in args.total_env_steps or [None]:
@@ -62,11 +65,13 @@ def evaluate_learned(args: Args) -> str:
                 algorithms=(*against, args.learned),
                 seeds=args.seeds,
                 total_env_steps=budget,
-                setup=dict(word.split("=", 1) for word in args.setup if "=" in word),
+                setup=setup,
                 num_evals=1,
             )
             words = ["pgjax", "compare", "--env", env, "--algorithms", *request.algorithms, "--seeds", f"{args.seeds}"]
-            command = shlex.join([*words, *(["--total-env-steps", f"{budget}"] if budget else []), "--num-evals", "1"])
+            if budget:
+                words += ["--total-env-steps", f"{budget}"]
+            command = shlex.join([*words, *(["--setup", *args.setup] if setup else []), "--num-evals", "1"])
             if not compare(request, folder, resume=(folder / "compare.json").exists(), command=command):
                 raise RequestError(f"{folder} did not come to its end; go on with --resume")
             folders[told] = folder

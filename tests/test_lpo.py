@@ -305,3 +305,19 @@ def test_a_file_brings_its_own_convention(tmp_path):
     sample = Sample(jnp.asarray(LOG_RATIO), jnp.asarray(ADVANTAGE), None, None, jnp.float32(0.6))
     expected = RATIO * ADVANTAGE - np.maximum(numpy_drift(params, LOG_RATIO, ADVANTAGE, 0.6, convention) + 1e-4 - 1e-3, 0)
     np.testing.assert_allclose(plug.fn(sample, plug.params), expected, rtol=1e-3, atol=2e-3)
+
+
+@pytest.mark.parametrize("name", sorted(learned_files.shipped("lpo")))
+def test_a_shipped_drift_is_a_mirror_learning_step_that_evolution_moved(name):
+    learned = learned_files.load(f"lpo:{name}", "lpo")
+    objective, said = lpo.objective(learned), learned.provenance
+    assert all(check_drift(objective, progress=progress).valid for progress in (0.0, 0.5, 1.0))
+    assert said["sessions"][0]["command"].startswith("pgjax meta-train lpo ") and said["status"] == "finished"
+    assert said["steps_done"] == said["request"]["steps"] == len(said["curve"]["value"])
+    convention = lpo.Convention.from_dict(learned.convention)
+    assert convention.temporal == (name == "ta") == (len(set(said["upper_clip"]["ratio"])) > 1)
+    # It says something else than PPO on samples as they come in meta-training.
+    low, high = said["range"]["log_ratio"]
+    log_ratio, advantage = (jnp.asarray(x.ravel()) for x in np.meshgrid(np.linspace(low, high, 40), np.linspace(-3, 3, 40)))
+    ours = lpo.surrogate(objective.params, log_ratio, advantage, 0.0, convention)
+    assert jnp.abs(ours - ppo.clip_surrogate(log_ratio, advantage, 0.2)).max() > 0.01
