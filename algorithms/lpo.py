@@ -214,7 +214,9 @@ def unflatten(vector: np.ndarray, temporal: bool = False) -> dict[str, np.ndarra
 
 
 def upper_clip(params: PyTree, convention: Convention, progress, share: float = 0.1, largest: float = 8.0) -> jax.Array:
-    """The largest ratio at which a sample with Â = 1 still pushes: dJ/dρ above ``share`` of Â; on a grid up to ``largest``.
+    """The ratio up to which a sample with Â = 1 pushes: dJ/dρ above ``share`` of Â from 1 to there, on a grid up to ``largest``.
+
+    What a network says again further out, where samples seldom come, does not count.
 
     Args: progress: any shape [...].  Returns: [...]; ``largest`` if it pushes that far, 1 if nowhere beyond the old policy.
     """
@@ -223,7 +225,7 @@ def upper_clip(params: PyTree, convention: Convention, progress, share: float = 
 
     def one(progress):
         slope = jax.grad(lambda l: surrogate(params, l, advantage, progress, convention).sum())(jnp.log(ratio)) / ratio
-        return jnp.where(slope > share, ratio, 1.0).max()
+        return jnp.where(jnp.cumprod(slope > share), ratio, 1.0).max()
 
     progress = jnp.asarray(progress, jnp.float32)
     return jax.vmap(one)(progress.ravel()).reshape(progress.shape)

@@ -104,7 +104,7 @@ def _draw_time(params, convention: lpo.Convention, out: Path) -> None:
     progress = np.linspace(0, 1, 41)
     clip.plot(progress, lpo.upper_clip(params, convention, progress), label="learned")
     clip.axhline(1 + convention.ppo_eps, color="black", ls="--", lw=1, label="PPO")
-    clip.set(title="largest ratio that still pushes, advantage 1", xlabel="share of training done", ylabel="ratio")
+    clip.set(title="ratio up to which advantage 1 pushes", xlabel="share of training done", ylabel="ratio")
     clip.grid(alpha=0.25)
     clip.legend(frameon=False)
     save(figure, out)

@@ -214,6 +214,14 @@ def test_the_upper_clip_of_ppo_itself_and_its_schedule():
     hidden[14, 0] = -1.0
     clips = lpo.upper_clip({"hidden": jnp.asarray(hidden), "out": jnp.asarray(out)}, convention, jnp.linspace(0, 1, 5))
     assert clips[0] == pytest.approx(1.2, abs=0.01) and clips[-1] < 1.01 and (np.diff(clips) <= 0).all()
+    # A drift that rises to a plateau: dJ/dρ is 1 - 5 sech²(5 (ρ - 1)), which is 1 again far out, and falls below 0.1 at once.
+    hidden[:, 0] = 0
+    hidden[6, 0] = -5.0
+    bump = {"hidden": jnp.asarray(hidden), "out": jnp.ones((1, 1), jnp.float32)}
+    scratch = lpo.Convention(temporal=True, form="scratch")
+    assert lpo.upper_clip(bump, scratch, 0.0) < 1.01
+    slope = jax.grad(lambda l: lpo.surrogate(bump, l, jnp.ones(1), 0.0, scratch).sum())(jnp.log(jnp.array([3.0]))) / 3.0
+    np.testing.assert_allclose(slope, 1.0, atol=1e-3)
 
 
 def test_plugged_into_ppo_its_gradient_is_that_of_the_formula():
