@@ -34,12 +34,11 @@ def draw_paper(paper: Paper, results: Sequence[Measured], out: Path) -> bool:
     metric = paper.shown or max(set(metrics), key=metrics.count)
     columns = min(3, len(envs))
     rows = -(-len(envs) // columns)
-    figure, axes = pyplot().subplots(
-        rows, columns, figsize=(4.2 * columns, 3.3 * rows + 0.9), squeeze=False, layout="constrained"
-    )
-    handles: dict[str, Any] = {}
-    # One style for a label in all panels: they share the legend.
+    # One style for a label in all panels: they share the legend, which wants room for three entries side by side.
     labels = list(dict.fromkeys(_label(each, results) for each in results))
+    size = (max(4.2 * columns, 8.0), 3.3 * rows + 0.5 + 0.2 * -(-len(labels) // 3))
+    figure, axes = pyplot().subplots(rows, columns, figsize=size, squeeze=False, layout="constrained")
+    handles: dict[str, Any] = {}
     for axis, env in zip(axes.flat, envs, strict=False):
         for each in (result for result in results if result.env == env):
             label = _label(each, results)
