@@ -214,7 +214,7 @@ def unflatten(vector: np.ndarray, temporal: bool = False) -> dict[str, np.ndarra
 
 
 def upper_clip(params: PyTree, convention: Convention, progress, share: float = 0.1, largest: float = 8.0) -> jax.Array:
-    """The ratio up to which a sample with Â = 1 pushes: dJ/dρ above ``share`` of Â from 1 to there, on a grid up to ``largest``.
+    """Up to which ratio a sample with Â = 1 pushes: dJ/dρ above ``share`` of Â from 1 to there; on a grid up to ``largest``.
 
     What a network says again further out, where samples seldom come, does not count.
 

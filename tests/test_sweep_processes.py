@@ -118,6 +118,7 @@ def test_a_ray_worker_that_is_killed_costs_no_more_than_its_last_seconds(tmp_pat
     assert {s.status for s in statuses_of(file, out)} == {"finished"}
 
 
+@pytest.mark.slow
 def test_submitit_runs_jobs_that_go_on_after_they_fail(tmp_path):
     """Its executor for this machine in place of a cluster; a job that is killed is sent again and goes on."""
     pytest.importorskip("submitit")
