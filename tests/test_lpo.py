@@ -320,7 +320,7 @@ def test_a_shipped_drift_is_a_mirror_learning_step_that_evolution_moved(name):
     learned = learned_files.load(f"lpo:{name}", "lpo")
     objective, said = lpo.objective(learned), learned.provenance
     assert all(check_drift(objective, progress=progress).valid for progress in (0.0, 0.5, 1.0))
-    assert said["sessions"][0]["command"].startswith("pgjax meta-train lpo ") and said["status"] == "finished"
+    assert said["sessions"][0]["command"].startswith("pgjax meta-train lpo ")
     assert said["steps_done"] == said["request"]["steps"] == len(said["curve"]["value"])
     convention = lpo.Convention.from_dict(learned.convention)
     assert convention.temporal == (name == "ta") == (len(set(said["upper_clip"]["ratio"])) > 1)

@@ -31,7 +31,7 @@ def test_a_shipped_rule_says_where_it_comes_from(name):
     rule = learned_files.load(f"lpg:{name}", "lpg")
     read_convention(rule.params, rule.convention)
     said = rule.provenance
-    assert said["sessions"][0]["command"].startswith("pgjax meta-train ") and said["status"] == "finished"
+    assert said["sessions"][0]["command"].startswith("pgjax meta-train ")
     assert said["steps_done"] == said["request"]["steps"] == len(said["curve"]["value"])
     assert said["held_out"]["normalized_rule"] > 0.5
 
