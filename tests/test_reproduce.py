@@ -254,10 +254,8 @@ def test_what_was_kept_for_another_paper_is_not_run_again(tmp_path, monkeypatch,
     run = """
 [run.NAME]
 algorithms = ["ppo"]
-envs = ["gymnax/CartPole-v1"]
+envs = ["mujoco/Hopper-v5"]
 total_env_steps = 200
-num_evals = 1
-eval_episodes = 2
 seeds = 9
 preset = "none"
 setup = { num_envs = 4, num_steps = 25 }
@@ -267,22 +265,32 @@ hypers = { learning_rate = RATE }
         runs = "".join(run.replace("NAME", label).replace("RATE", f"{rate}") for label, rate in rates.items())
         (tmp_path / f"{name}.toml").write_text(f'title = "{name}"\nsource = "us"\n[scale.cpu]\n{runs}')
     kept = tmp_path / "kept"
+    kept.mkdir()
     monkeypatch.setattr(paper_file, "PUBLISHED", tmp_path)
     for module in (measured, reproduce):
         monkeypatch.setattr(module, "RESULTS", kept)
-    assert cli._main(["reproduce", "one", "--scale", "cpu", "--out", str(tmp_path / "1"), "--record"]) == 0
-    (first,), _ = load(kept / "one-cpu.json")
-    assert cli._main(["reproduce", "two", "--scale", "cpu", "--out", str(tmp_path / "2"), "--record", "--reuse"]) == 0
-    assert "same: ppo on gymnax/CartPole-v1 is taken" in capsys.readouterr().out
-    # Nine seeds are two cells; those of `same` are not there.
-    assert len(list((tmp_path / "2" / "cells").iterdir())) == 2
-    other, same = sorted(load(kept / "two-cpu.json")[0], key=lambda each: each.run)
-    assert (other.run, same.run) == ("other", "same") and len(other.result.seeds) == len(same.result.seeds) == 9
-    np.testing.assert_array_equal(same.scores("mode"), first.scores("mode"))
-    assert same.result.provenance == first.result.provenance
-    assert {each.run for each in measured.kept_elsewhere(read_paper("one"), "cpu")} == {"a"}  # from "two" alone
+    # Nine seeds are two cells, but one result.
+    first, second = read_paper("one").specs("cpu")["a"]
+    asked = {**first.config(), "seeds": [*first.seeds, *second.seeds], "preset": "another name"}
+    there = ours(np.arange(9.0), "a")
+    there = dataclasses.replace(there, result=dataclasses.replace(there.result, config=asked, provenance={"pgjax": "0.0.1"}))
+    (kept / "one-cpu.json").write_text(dump([there], "pgjax reproduce one --scale cpu"))
+
+    trained = []
+    monkeypatch.setattr(reproduce.driver, "run_cells_of", lambda sweep, *_, **__: trained.extend(sweep.specs) or True)
+    command = ["reproduce", "two", "--scale", "cpu", "--out", str(tmp_path / "out"), "--record"]
+    (tmp_path / "out").mkdir()
+    assert cli._main([*command, "--reuse"]) == 0
+    assert "same: ppo on mujoco/Hopper-v5 is taken" in capsys.readouterr().out
+    assert [spec.configs[0]["learning_rate"] for spec in trained] == [2e-3, 2e-3]
+    ((found,), told) = load(kept / "two-cpu.json")
+    assert found.run == "same" and found.result.provenance["pgjax"] == "0.0.1" and told.endswith("--reuse")
+    np.testing.assert_array_equal(found.scores("mode"), np.arange(9.0))
+    # Without --reuse everything is run, and a paper's own file does not answer it.
+    trained.clear()
+    assert cli._main(command) == 0 and len(trained) == 4
     (kept / "two-cpu.json").unlink()
-    assert not measured.kept_elsewhere(read_paper("one"), "cpu")
+    assert not measured.kept_elsewhere(read_paper("one"), "cpu") and measured.kept_elsewhere(read_paper("two"), "cpu")
 
 
 @pytest.mark.parametrize(
