@@ -31,7 +31,10 @@ class Setup(incremental.Setup):
 
 
 class Hypers(incremental.Hypers):
-    """alpha: weight of the entropy."""
+    """alpha: weight of the entropy.
+
+    The numbers were found by the authors with every normalisation on, as the preset ``incremental`` has it.
+    """
 
     learning_rate: jax.Array | float = 2.2e-5
     critic_lr: jax.Array | float = 3.9e-4
@@ -58,10 +61,11 @@ def make(env, setup: Setup = Setup(), hypers: Hypers = Hypers()):  # noqa: B008
         policy, value = core.networks.policy, core.networks.value
         actor, (critic,) = learner.params
         log_prob = policy(actor, t.obs).log_prob(t.action)
+        plain_reward = t.reward
         if sampled:
             t = t._replace(reward=t.reward - hypers.alpha * log_prob)
         # Plain rewards, and a return that the authors' code discounts backwards, G <- γ G + r; not the sums of AVG.
-        learner, sigma = scale_td(core.setup, learner, t.reward, t, hypers.gamma, decay=hypers.gamma)
+        learner, sigma = scale_td(core.setup, learner, plain_reward, t, hypers.gamma, decay=hypers.gamma)
         target = value_target(t, value(critic, t.next_obs), hypers.gamma)
 
         def critic_loss(critic):

@@ -28,6 +28,7 @@ class Setup(off_policy.Setup):
     """critic, actor_value: by default the authors', a state value and the first Q.
 
     copy_period: gradient updates between two copies of the policy; the first one is made after the first update.
+        paper: environment steps / here: updates, which is the same with one update a step and a warm-up of whole periods.
     tsallis_index: of the divergence and of the entropy alike, 1 is the KL and Shannon's.
     act_deterministic: act with the mode after warm-up. paper: not said / authors' code: the mode / here: a sample.
     """

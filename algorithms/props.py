@@ -25,6 +25,9 @@ from pgjax.updates import masked_mean, minibatch_sgd, plug
 # How data are collected is all that is added to PPO, and no shared setting.
 DEFINING = ()
 
+# Quantiles of the ratio φ / θ over an iteration's steps that are reported.
+RATIOS = {"behavior_ratio_min": 0.0, "behavior_ratio_q05": 0.05, "behavior_ratio_q95": 0.95, "behavior_ratio_max": 1.0}
+
 
 @dataclasses.dataclass(frozen=True)
 class Setup(ppo.Setup):
@@ -32,7 +35,8 @@ class Setup(ppo.Setup):
 
     behavior: ``fitted`` as above, or the ``target`` policy itself, which makes PPO-Buffer.
     behavior_num_steps: steps of each environment between two fits of the behaviour policy; divides num_steps.
-    behavior_epochs, behavior_minibatches: passes of a fit over its data, and the parts that a full buffer is cut into.
+    behavior_epochs, behavior_minibatches: passes of a fit over its data, and the parts that a full buffer (or a whole batch, see
+        behavior_data) is cut into; what a fit leaves out of it are parts the fewer.
     behavior_optimizer: ``adam``, whose moments go on from fit to fit, or ``sgd``.
     behavior_kl: what ties φ to θ: ``target_behavior``, KL(θ ‖ φ), or ``behavior_target_mean``, KL(φ ‖ θ) divided by the number
         of action dimensions; ``auto`` is the former for discrete actions and the latter for continuous ones.
@@ -137,7 +141,8 @@ def fit_behavior(core, key, target, opt_state, samples: Samples, present, hypers
     optimizer = _optimizer(setup, hypers)
     samples, present = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), (samples, present))
     num, count = len(present), present.sum()
-    size = -(-num // setup.behavior_minibatches)
+    batches = setup.buffer_batches if _data_kind(setup) == "buffer" else 1
+    size = -(-batches * setup.num_steps * setup.num_envs // setup.behavior_minibatches)
     num_parts = -(-num // size)
 
     def loss(actor, part: Samples, weight):
@@ -259,11 +264,12 @@ def _play_fitted(core, key, state, window, draws, hypers):
         actor, opt_state, fit = fit_behavior(core, key, learner.params.actor, opt_state, samples, present, hypers)
         state, played = on_policy.play(core, core.unravel(ActorCritic(actor, None)), state, draws, hypers)
         window = _push(window, _judge(core, learner, hypers, played.transitions))
-        return (state, window, opt_state), (played, fit)
+        return (state, window, opt_state), (played, fit, (held > 0) * 1.0)
 
     draws = jax.tree.map(lambda x: x.reshape(phases, length, *x.shape[1:]), draws)
     xs = (jnp.arange(phases), jax.random.split(key, phases), draws)
-    (state, window, opt_state), (played, fits) = jax.lax.scan(phase, (state, window, learner.extra["opt_state"]), xs)
+    (state, window, opt_state), by_phase = jax.lax.scan(phase, (state, window, learner.extra["opt_state"]), xs)
+    played, fits, counts = by_phase
     played = jax.tree.map(lambda x: x.reshape(setup.num_steps, *x.shape[2:]), played)
 
     extra = {**learner.extra, "opt_state": opt_state}
@@ -280,11 +286,11 @@ def _play_fitted(core, key, state, window, draws, hypers):
         {
             # Exact, of the policies that collected, at the states they met.
             "behavior_kl": played.dist.kl(target.dist).mean(),
-            "behavior_ratio_min": ratio.min(),
-            "behavior_ratio_max": ratio.max(),
-            "behavior_kl_sampled": fits.kl.mean(),
-            "behavior_clip_fraction": fits.clip_fraction.mean(),
-            "behavior_steps": fits.steps.mean(dtype=jnp.float32),
+            **dict(zip(RATIOS, jnp.quantile(ratio, jnp.array(list(RATIOS.values()))), strict=True)),
+            # Over the fits that had something to fit to.
+            "behavior_kl_sampled": masked_mean(fits.kl, counts),
+            "behavior_clip_fraction": masked_mean(fits.clip_fraction, counts),
+            "behavior_steps": masked_mean(fits.steps * 1.0, counts),
         },
     )
 

@@ -42,6 +42,7 @@ class Hypers(props.Hypers):
 def make(env, setup: Setup = Setup(), hypers: Hypers = Hypers(), *, objective=None, networks=None):  # noqa: B008
     """ROS on ``env``; arguments as ``props.make``.
 
-    paper: evaluates a fixed policy / here: PPO goes on from the data as in PROPS; at a learning rate of 0 the policy is fixed.
+    paper: evaluates a fixed policy / here: PPO goes on from the data as in PROPS; at a learning rate of 0 the policy is fixed
+    (without ``normalize_obs``, whose statistics go on).
     """
     return props.make(env, setup, hypers, objective=objective, networks=networks, name="ros")

@@ -32,7 +32,10 @@ class Setup(incremental.Setup):
 
 
 class Hypers(incremental.Hypers):
-    """temperature: α at the start.  temperature_lr: learning rate of log α.  tau: Polyak weight of the target copies."""
+    """temperature: α at the start.  temperature_lr: learning rate of log α.  tau: Polyak weight of the target copies.
+
+    The authors' example, but for γ, which was 1 there and is in the preset ``incremental``.
+    """
 
     learning_rate: jax.Array | float = 8.2e-5
     critic_lr: jax.Array | float = 2.9e-5
@@ -108,7 +111,7 @@ def make(env, setup: Setup = Setup(), hypers: Hypers = Hypers()):  # noqa: B008
             "loss_value": loss_value,
             "entropy": -log_prob,
             "entropy_gaussian": entropy,
-            "temperature": jnp.exp(log_temperature),
+            "temperature": alpha,
             **diagnostics(core, learner, t, ActorCritic(actor_gradient, critic_gradient), td_error, sigma),
         }
         return learner.replace(

@@ -12,7 +12,9 @@ import numpy as np
 import pandas as pd
 
 import pgjax
+from pgjax.cli.options import pairs
 from pgjax.errors import RequestError
+from pgjax.experiments import presets
 from pgjax.host.runner import RunSpec
 
 # What the draw of the entropy's coefficient sets in each method.
@@ -68,7 +70,7 @@ def search_spec(
 
 
 def ranking(path: Path, search_seeds: range) -> pd.DataFrame:
-    """The configurations of a finished search, best first.
+    """The configurations of a finished search, best first: those that stayed finite in more seeds, then by area.
 
     Returns: a row each with ``search_seed``, its numbers, ``area``, the mean over seeds and rows of the return of the episodes
     that ended in a row, and ``frozen``, how many of its seeds went non-finite. A row without an end counts as the one before,
@@ -82,7 +84,7 @@ def ranking(path: Path, search_seeds: range) -> pd.DataFrame:
         frozen = lanes.loc[lanes.nonfinite > 0, "seed"].unique()
         area = float(np.mean(table.drop(columns=frozen).mean()))
         rows.append({"search_seed": search_seeds[config], **numbers, "area": area, "frozen": len(frozen)})
-    return pd.DataFrame(rows).sort_values("area", ascending=False, ignore_index=True)
+    return pd.DataFrame(rows).sort_values(["frozen", "area"], ascending=[True, False], ignore_index=True)
 
 
 def main() -> None:
@@ -94,12 +96,17 @@ def main() -> None:
     parser.add_argument("--configs", type=int, default=300, help="how many search seeds, from 0 on")
     parser.add_argument("--seeds", type=int, default=10)
     parser.add_argument("--total-env-steps", type=int, default=2_000_000)
+    parser.add_argument("--setup", action="append", default=[], metavar="K=V", help="a field of Setup in place of the preset's")
     parser.add_argument("--out", type=Path, required=True, help="folder of the run; goes on if it is there")
     args = parser.parse_args()
     lanes.use_host_devices()
     lanes.use_compilation_cache()
     search_seeds = range(args.configs)
-    spec = search_spec(args.env, search_seeds, args.seeds, algorithm=args.algorithm, total_env_steps=args.total_env_steps)
+    # What is not drawn is as in the published configuration for the environment, where there is one.
+    setup = {**presets.find("auto", args.algorithm, args.env).get("setup", {}), **pairs("--setup", args.setup)}
+    spec = search_spec(
+        args.env, search_seeds, args.seeds, algorithm=args.algorithm, total_env_steps=args.total_env_steps, setup=setup
+    )
     there = (args.out / "run.json").exists()
     with pgjax.RunStore.open(args.out, spec.config()) if there else pgjax.RunStore.create(args.out, spec.config()) as store:
         result = pgjax.run(spec, store)

@@ -29,7 +29,9 @@ class RunningMoments:
     int32 because float32 stops counting at 2**24. The count stays at its limit of 2**31 - 1 samples, from where on
     the moments are an exponential average over that many. A merge is lost in float32's rounding when the new samples
     are a share below about 6e-8 of all: updates with one sample fade out after some 10**7, larger batches later in
-    proportion.
+    proportion. Before that the mean of something that is nearly always the same drifts, for what is rare survives the
+    rounding and what is common does not: measured with one sample an update and one in a hundred away by as much as the
+    mean, by 1 % of it in 10**6 updates and 3 % in 10**7.
     """
 
     mean: jax.Array

@@ -18,7 +18,8 @@ from pgjax.networks import ActorCritic, Networks
 
 def adam(hypers) -> optax.GradientTransformation:
     """Adam without learning rate: its updates are to be subtracted, scaled."""
-    return optax.scale_by_adam(b1=hypers.adam_b1, b2=hypers.adam_b2, eps=hypers.adam_eps)
+    # An eps of 0 would make 0/0 of a gradient that is exactly 0.
+    return optax.scale_by_adam(b1=hypers.adam_b1, b2=hypers.adam_b2, eps=jnp.maximum(hypers.adam_eps, 1e-30))
 
 
 def make_optimizer(setup, hypers) -> optax.GradientTransformation:

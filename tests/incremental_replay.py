@@ -308,9 +308,9 @@ class Replay:
     def learn_iac(self, number, noise, u, reward, terminated, truncated, following):
         setup, h = self.setup, self.h
         log_prob = log_density(*gaussian(setup, self.actor, self.s), u)
+        sigma = self.sigma(reward, terminated, truncated, backwards=True)
         if setup.entropy_bonus in ("sample", "both"):
             reward = reward - h.alpha * log_prob
-        sigma = self.sigma(reward, terminated, truncated, backwards=True)
         target = reward + (0 if terminated else h.gamma * value(setup, self.critics[0], following))
         delta = target - value(setup, self.critics[0], self.s)
         bonus = h.alpha if setup.entropy_bonus in ("distribution", "both") else 0

@@ -317,7 +317,7 @@ def scales(form, rewards, gamma=0.99, terminated=(), truncated=(), decay=1.0):
 def test_the_scale_of_three_rewards(float64):
     scale, sigmas = scales("code", [1, 2, 3], terminated=(2,))
     np.testing.assert_allclose(scale.reward.var, 2 / 3)
-    np.testing.assert_allclose(scale.discount.var, 0.2178, atol=1e-12)
+    assert scale.ends == 1
     np.testing.assert_allclose([scale.squared_return.mean, scale.squared_return.count], [36, 1])
     np.testing.assert_allclose(sigmas, [1, 0.5, 2.9168], atol=1e-4)
     assert scale.return_ == 0
@@ -332,7 +332,7 @@ def test_the_scale_where_little_happens(float64):
 
 def test_a_cut_goes_on_in_the_code_and_ends_in_the_paper(float64):
     code, sigmas = scales("code", [1, 2, 3], truncated=(1,))
-    assert code.return_ == 6 and code.squared_return.count == 0 and code.discount.var == 0
+    assert code.return_ == 6 and code.squared_return.count == 0 and code.ends == 0
     paper, _ = scales("paper", [1, 2, 3, 4], gamma=0.5, truncated=(1,), terminated=(3,))
     # 1 + 0.5 * 2 and 3 + 0.5 * 4
     np.testing.assert_allclose([paper.squared_return.mean, paper.squared_return.count], [(2**2 + 5**2) / 2, 2])
@@ -340,6 +340,22 @@ def test_a_cut_goes_on_in_the_code_and_ends_in_the_paper(float64):
     assert sigmas[:3] == [1, 1, 1]
     expected = np.var([1, 20, 3, 4]) + np.var([0.5, 0, 0.5, 0]) * (11**2 + 5**2) / 2
     np.testing.assert_allclose(sigmas[3], np.sqrt(expected))
+
+
+def test_the_scale_does_not_drift_where_ends_are_rare():
+    """A million steps in float32, an end in every hundredth: σ² = γ² p (1 - p) E[G²], for rewards that do not vary."""
+
+    @jax.jit
+    def run(scale):
+        def step(scale, number):
+            end = number % 100 == 99
+            return update_td_scale(scale, jnp.float32(1), jnp.float32(0.99), end, jnp.zeros_like(end), "code")
+
+        return jax.lax.scan(step, scale, jnp.arange(1_000_000))[1]
+
+    sigma = run(init_td_scale())
+    expected = 0.99 * np.sqrt(0.01 * 0.99) * 100
+    np.testing.assert_allclose(np.asarray(sigma)[[999, 99_999, 999_999]], expected, rtol=1e-5)
 
 
 def test_the_return_of_iac_discounts_backwards(float64):
@@ -375,7 +391,7 @@ def test_without_entropy_and_spread_avg_is_ddpg_of_one_step(one_step):
         actor = jax.tree.map(lambda x: x, start.learner.params.actor)
         actor["spread"]["bias"] = actor["spread"]["bias"] - 1e3
         start = start.replace(learner=start.learner.replace(params=start.learner.params._replace(actor=actor)))
-        before, after, _ = one_step(state=start, alpha=0.0, **DESCENT)
+        before, after, metrics = one_step(state=start, alpha=0.0, **DESCENT)
         s = normalizers.normalize(before.learner.obs_moments, before.obs)
 
         def mode(actor):
@@ -386,6 +402,17 @@ def test_without_entropy_and_spread_avg_is_ddpg_of_one_step(one_step):
         # σ = e^-10 is what is left between the sample and the mode.
         close_trees(moved(before, after, "actor"), dpg, atol=1e-3 * norm(dpg))
         assert norm(dpg) > 1e-2
+
+        # The critic's is that of TD(0) from the mode of the next state.
+        old = before.learner.params.critic[0]
+        next_s = normalizers.normalize(after.learner.obs_moments, after.obs)
+        acted = jnp.tanh(networks.policy(actor, s).mode())
+        bootstrap = networks.value(old, next_s, jnp.tanh(networks.policy(actor, next_s).mode()))
+        delta = after.episode_return + HYPERS["gamma"] * bootstrap - networks.value(old, s, acted)
+        slope = jax.grad(lambda critic: networks.value(critic, s, acted))(old)
+        td = jax.tree.map(lambda g: -2 * delta / metrics["td_scale"] ** 2 * g, slope)
+        close_trees(moved(before, after, "critic"), (td,), atol=1e-3 * norm(td))
+        assert norm(td) > 1e-2
 
 
 def test_without_entropy_and_scale_iac_is_the_textbooks(float64):

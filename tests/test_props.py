@@ -67,7 +67,7 @@ class Fitting:
     """A fit of PROPS on 24 samples of a linear Gaussian policy, and what it is made of."""
 
     def __init__(self, hypers=(), module=props, **setup):
-        defaults = dict(num_steps=12, behavior_num_steps=3, behavior_minibatches=1, behavior_epochs=1)
+        defaults = dict(num_envs=1, num_steps=12, behavior_num_steps=3, behavior_minibatches=1, behavior_epochs=1)
         self.case = synthetic.shipped(module, {}, **(defaults if module is props else {"num_steps": 12}) | setup)
         self.hypers = self.case.with_(**dict(hypers))
         self.policy = synthetic.random_policy()
@@ -193,6 +193,16 @@ def test_a_fit_ends_before_the_step_that_is_too_far(float64):
 def test_a_vanishing_limit_leaves_exactly_one_step(float64):
     fitting = Fitting({"behavior_target_kl": 1e-9}, behavior_epochs=4, behavior_minibatches=3)
     assert fitting()[2].steps == 1
+
+
+@pytest.mark.parametrize(("held", "parts"), [(21, 4), (24, 4), (10, 2)])
+def test_parts_of_a_fit_are_those_of_the_whole_buffer(float64, held, parts):
+    """b n = 24 transitions in four parts of six, of which a fit without the oldest three has four, the last one not full."""
+    numbers = {"behavior_target_kl": np.inf, "behavior_learning_rate": 1e-6}
+    fitting = Fitting(numbers, behavior_epochs=2, behavior_minibatches=4)
+    newest = jax.tree.map(lambda x: x[-held:], fitting.samples)
+    _, _, fit = fitting(samples=newest, present=np.ones((held, 1), bool))
+    assert fit.steps == 2 * parts
 
 
 @pytest.mark.parametrize(("count", "steps"), [(0, 0), (1, 1), (6, 1), (7, 2), (20, 4), (24, 4)])
@@ -410,13 +420,17 @@ def run(algorithm, iterations, hypers=None, key=0):
     return state, rows
 
 
+# How PPO is set in the presets that compare the two.
+PPO = dict(normalize_obs=True, reward_scaling="batch", early_stop="minibatch", boundary="terminate", advantage_std="sample")
+
+
 @pytest.mark.parametrize("batches", [1, 2])
 def test_without_a_learning_rate_of_its_own_it_is_ppo_with_a_buffer(batches):
     env = Probe("responding", continuous=True)
     numbers = dict(learning_rate=0.01, behavior_learning_rate=0.0)
     ends = []
     for behavior in ("fitted", "target"):
-        setup = props.Setup(**BUFFER, buffer_batches=batches, behavior=behavior, normalize_obs=True)
+        setup = props.Setup(**BUFFER, **PPO, buffer_batches=batches, behavior=behavior)
         state, rows = run(props.make(env, setup, props.Hypers(**numbers)), 3)
         ends.append((state.replace(learner=state.learner.replace(extra=None)), rows))
     for one, other in zip(jax.tree.leaves(ends[0][0]), jax.tree.leaves(ends[1][0]), strict=True):
@@ -426,7 +440,7 @@ def test_without_a_learning_rate_of_its_own_it_is_ppo_with_a_buffer(batches):
     assert ends[0][1][-1]["behavior_kl"] < 1e-12
     if batches == 1:
         shared = {name: value for name, value in BUFFER.items() if name != "behavior_num_steps"}
-        state, rows = run(ppo.make(env, ppo.Setup(**shared, normalize_obs=True), ppo.Hypers(learning_rate=0.01)), 3)
+        state, rows = run(ppo.make(env, ppo.Setup(**shared, **PPO), ppo.Hypers(learning_rate=0.01)), 3)
         for a, b in zip(ends[1][0].learner.params, state.learner.params, strict=True):
             np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6)
         for name, value in rows[-1].items():
@@ -454,13 +468,40 @@ def test_moments_of_the_behaviour_policy_go_on_from_fit_to_fit():
     setup = props.Setup(**BUFFER, behavior_epochs=2, behavior_minibatches=2)
     algorithm = props.make(Probe("responding"), setup, hypers)
     state, step, total = algorithm.init(jax.random.key(0), algorithm.hypers), collecting(algorithm), 0
-    for held in ((0, 1, 1), (2, 2, 2)):
-        # Minibatches of ten transitions: with 0, 4 and 8 of them in the buffer, then with 12, 16 and 20.
+    for held in ((0, 1, 1), (1, 2, 2)):
+        # Minibatches of twelve transitions, halves of a full buffer: with 0, 4 and 8 of them in it, then with 12, 16 and 20.
         total += 2 * sum(held)
         state, _, row = step(state)
-        assert row["behavior_steps"] * 3 == 2 * sum(held)
+        # The first fit of all had nothing to fit to, and is left out of the mean.
+        assert row["behavior_steps"] * np.count_nonzero(held) == 2 * sum(held)
         assert state.learner.extra["opt_state"].count == total
     assert state.learner.opt_state.actor.count == 0
+
+
+def test_ratios_and_means_over_fits_are_those_of_the_policies_that_collected():
+    def fit(core, key, target, opt_state, samples, present, hypers):
+        # Fits are told apart by how much they had.
+        had = present.sum().astype(jnp.float32)
+        return target + 0.3 * (-1.0) ** jnp.arange(target.size), opt_state, props.Fit(
+            present.sum(), had, had / 100, jnp.zeros((), bool)
+        )
+
+    with mock.patch.object(props, "fit_behavior", fit):
+        algorithm = props.make(Probe("responding"), props.Setup(**BUFFER))
+        start = algorithm.init(jax.random.key(0), algorithm.hypers)
+        state, _, row = collecting(algorithm)(start)
+    steps = jax.tree.map(lambda x: x[-6:], state.memory.steps)
+    target, behavior = (
+        algorithm.core.networks.policy(learner.params, steps.obs).log_prob(steps.action)
+        for learner in (start.learner, moved_apart(start.learner))
+    )
+    ratio = np.exp(np.asarray(behavior) - np.asarray(target))
+    assert np.ptp(ratio) > 0.1
+    found = [row[f"behavior_ratio_{name}"] for name in ("min", "q05", "q95", "max")]
+    np.testing.assert_allclose(found, np.quantile(ratio, [0, 0.05, 0.95, 1]), rtol=1e-5)
+    # Fits of 0, 4 and 8 transitions; the first is none.
+    assert row["behavior_steps"] == 6 and row["behavior_kl_sampled"] == 6
+    np.testing.assert_allclose(row["behavior_clip_fraction"], 0.06, rtol=1e-6)
 
 
 def moved_apart(learner):

@@ -12,6 +12,7 @@ from soft_reference import NUM_ACTIONS, A, N, O, Reference, policy_out, problem
 from pgjax.algorithms import make, sac
 from pgjax.distributions import Categorical, DiagGaussian, TanhGaussian
 from pgjax.errors import RequestError
+from pgjax.experiments import presets
 from pgjax.networks import ActorCritic
 from pgjax.spaces import Box, Discrete
 from pgjax.stepwise.soft_critic import Actions, bellman_target, draw_actions, expect, log_prob, polyak, taken
@@ -133,6 +134,28 @@ def test_temperature_rises_where_the_entropy_is_below_its_target(float64, entrop
     assert sac.target_entropy(Discrete(4), 0.5) == 0.5 * 0.98 * np.log(4)
 
 
+def test_presets_are_the_published_settings():
+    """Of softlearning (2019), of what MDPO was compared with, and of brax' notebook; see the specification's tables."""
+    usual = dict(batch_size=256, buffer_size=1_000_000, warmup_steps=10_000, hidden_sizes=[256, 256], num_envs=1)
+    numbers = dict(learning_rate=3e-4, gamma=0.99, tau=0.005)
+    first = dict(critic="v", actor_value="first", temperature="fixed")
+    brax = dict(num_envs=128, buffer_size=1_048_576, warmup_steps=8192, normalize_obs=True, kernel_init="lecun_uniform")
+    swift = dict(learning_rate=6e-4, gamma=0.997, temperature_lr=3e-4, target_entropy_scale=0.5)
+    published = {
+        ("authors", ""): (usual, numbers | dict(temperature_lr=3e-4)),
+        ("sac_v1_fixed_alpha", ""): (usual | first, numbers | dict(temperature=0.2)),
+        ("auto", "brax/hopper"): (brax | dict(batch_size=512, update_ratio=64 / 128), swift | dict(reward_scale=30)),
+        ("auto", "brax/walker2d"): (brax | dict(batch_size=128, update_ratio=32 / 128), swift | dict(reward_scale=5)),
+    }
+    for (name, env), (setup, hypers) in published.items():
+        preset = presets.find(name, "sac", env)
+        assert {field: preset["setup"].get(field) for field in setup} == setup, (name, env)
+        assert {field: preset["hypers"].get(field) for field in hypers} == hypers, (name, env)
+    steps = {env: presets.find("auto", "sac", env)["total_env_steps"] for env in ("brax/hopper", "brax/walker2d")}
+    assert steps == {"brax/hopper": 6_553_600, "brax/walker2d": 7_864_320}
+    assert [getattr(sac.Setup(), name) for name in ("activation", "critic", "actor_value")] == ["relu", "q", "min"]
+
+
 def test_target_copies(float64):
     """After n steps towards the same parameters what is missing is (1 - τ)^n of the start; τ = 1 copies."""
     target, online = jnp.asarray([1.0, -2.0]), jnp.asarray([0.3, 5.0])
@@ -177,6 +200,10 @@ def test_each_loss_moves_its_own_parameters(float64, critic):
     _, (faster, _), _, _ = stepped(False, critic, hypers=HYPERS.replace(learning_rate=0.2, critic_lr_scale=1.0))
     np.testing.assert_allclose(faster.params.critic, usual.params.critic, rtol=1e-12)
     assert (faster.params.actor != usual.params.actor).any()
+    # And hardly any at that of the critics: what they learn is nothing to the actor.
+    _, (still, _), _, _ = stepped(False, critic, hypers=HYPERS.replace(learning_rate=1e-12, critic_lr_scale=1e11))
+    np.testing.assert_allclose(still.params.actor, start.params.actor, atol=1e-9)
+    np.testing.assert_allclose(still.params.critic, usual.params.critic, rtol=1e-9)
     _, (no_dual, _), _, _ = stepped(False, critic, hypers=HYPERS.replace(temperature_lr=0.0))
     np.testing.assert_array_equal(no_dual.extra["log_temperature"], start.extra["log_temperature"])
     assert usual.extra["log_temperature"] != start.extra["log_temperature"]

@@ -7,7 +7,7 @@ from flax import struct
 
 
 class Duals(struct.PyTreeNode):
-    """values: name -> float32 scalar, never negative.  opt_state: of their Adam."""
+    """values: name -> float32 scalar; see ``step_duals`` for its bound.  opt_state: of their Adam."""
 
     values: dict[str, jax.Array]
     opt_state: optax.OptState

@@ -222,13 +222,15 @@ def make(
 
         episodes, return_, length = (x.sum() for x in collected)
         count = count.sum()
+        # NaN, not 0, while nothing is learned yet.
+        updated = jnp.where(count > 0, 1.0, jnp.nan)
         step_metrics = {
             "env_steps": state.env_steps,
             "episodes": episodes,
             "episode_return": return_ / episodes,  # NaN where no episode ended
             "episode_length": length / episodes,
             **{
-                name: value.max() if metrics.reduction(name) == "max" else value.sum() / jnp.maximum(count, 1)
+                name: updated * (value.max() if metrics.reduction(name) == "max" else value.sum() / jnp.maximum(count, 1))
                 for name, value in learned.items()
             },
             "updates": count.astype(episodes.dtype),

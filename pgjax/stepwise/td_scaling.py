@@ -21,12 +21,14 @@ _LEAST, _NEGLIGIBLE = 1e-4, 0.01
 class TDScale(struct.PyTreeNode):
     """What the scale is made of; every field scalar.
 
-    reward, discount, squared_return: moments of r, of γ (0 at an end) and of G², the latter over finished episodes.
+    reward, squared_return: moments of r and of G², the latter over finished episodes.
+    ends: int32, steps at which γ was 0. With how many of all they are the variance of γ is exact; running moments of it would
+        drift in float32, for the many small steps up after an end are rounded away and the end itself is not.
     return_: G of the running episode, as far as it went.  weight: γ^k of its next reward, used by the form ``paper``.
     """
 
     reward: RunningMoments
-    discount: RunningMoments
+    ends: jax.Array
     squared_return: RunningMoments
     return_: jax.Array
     weight: jax.Array
@@ -34,7 +36,7 @@ class TDScale(struct.PyTreeNode):
 
 def init_td_scale() -> TDScale:
     """The scale before any reward."""
-    return TDScale(init_moments(()), init_moments(()), init_moments(()), jnp.zeros(()), jnp.ones(()))
+    return TDScale(init_moments(()), jnp.zeros((), jnp.int32), init_moments(()), jnp.zeros(()), jnp.ones(()))
 
 
 def update_td_scale(
@@ -63,12 +65,14 @@ def update_td_scale(
     squared_return = jax.tree.map(lambda new, old: jnp.where(end, new, old), finished, scale.squared_return)
     new = TDScale(
         reward=update_moments(scale.reward, reward),
-        discount=update_moments(scale.discount, jnp.where(end, 0.0, gamma)),
+        ends=scale.ends + end,
         squared_return=squared_return,
         return_=jnp.where(end, 0.0, return_).astype(scale.return_.dtype),
         weight=jnp.where(end, 1.0, gamma * scale.weight).astype(scale.weight.dtype) if form == "paper" else scale.weight,
     )
-    variance = jnp.maximum(new.reward.var + new.discount.var * squared_return.mean, _LEAST)
+    share = new.ends / new.reward.count
+    discount_var = jnp.square(gamma) * share * (1 - share)
+    variance = jnp.maximum(new.reward.var + discount_var * squared_return.mean, _LEAST)
     returns = squared_return.count
     unscaled = returns < 2 if form == "paper" else (returns == 0) & (variance <= _NEGLIGIBLE)
     return new, jnp.where(unscaled, 1.0, jnp.sqrt(variance))
