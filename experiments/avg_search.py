@@ -5,16 +5,19 @@ A configuration is named by its search seed, so the published ones can be drawn 
 """
 
 import argparse
+import sys
 from pathlib import Path
-from typing import cast
+from typing import Any, cast, get_type_hints
 
 import numpy as np
 import pandas as pd
 
 import pgjax
+from pgjax.algorithms import get
 from pgjax.cli.options import pairs
-from pgjax.errors import RequestError
+from pgjax.errors import RequestError, close_names
 from pgjax.experiments import presets
+from pgjax.experiments.shared_settings import read_value
 from pgjax.host.runner import RunSpec
 
 # What the draw of the entropy's coefficient sets in each method.
@@ -87,23 +90,24 @@ def ranking(path: Path, search_seeds: range) -> pd.DataFrame:
     return pd.DataFrame(rows).sort_values(["frozen", "area"], ascending=[True, False], ignore_index=True)
 
 
-def main() -> None:
-    from pgjax.host import lanes
+def _fields(algorithm: str, words: list[str]) -> dict[str, Any]:
+    """``["field=text"]`` as values of the types of the algorithm's ``Setup``."""
+    hints, fields = get_type_hints(get(algorithm).Setup), {}
+    for name, text in pairs("--setup", words, str).items():
+        if name not in hints:
+            raise RequestError(f"--setup {name}: {algorithm} has no such field; {close_names(name, hints)}")
+        try:
+            fields[name] = read_value(text, hints[name])
+        except ValueError as error:
+            raise RequestError(f"--setup {name}={text}: {error}") from None
+    return fields
 
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--env", required=True)
-    parser.add_argument("--algorithm", default="avg")
-    parser.add_argument("--configs", type=int, default=300, help="how many search seeds, from 0 on")
-    parser.add_argument("--seeds", type=int, default=10)
-    parser.add_argument("--total-env-steps", type=int, default=2_000_000)
-    parser.add_argument("--setup", action="append", default=[], metavar="K=V", help="a field of Setup in place of the preset's")
-    parser.add_argument("--out", type=Path, required=True, help="folder of the run; goes on if it is there")
-    args = parser.parse_args()
-    lanes.use_host_devices()
-    lanes.use_compilation_cache()
+
+def search(args: argparse.Namespace) -> None:
+    """Runs what is asked for, prints the best and writes the ranking into its folder."""
     search_seeds = range(args.configs)
     # What is not drawn is as in the published configuration for the environment, where there is one.
-    setup = {**presets.find("auto", args.algorithm, args.env).get("setup", {}), **pairs("--setup", args.setup)}
+    setup = {**presets.find("auto", args.algorithm, args.env).get("setup", {}), **_fields(args.algorithm, args.setup)}
     spec = search_spec(
         args.env, search_seeds, args.seeds, algorithm=args.algorithm, total_env_steps=args.total_env_steps, setup=setup
     )
@@ -118,5 +122,27 @@ def main() -> None:
     print(found.head(20).to_string(index=False))
 
 
+def main() -> int:
+    from pgjax.host import lanes
+
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--env", required=True)
+    parser.add_argument("--algorithm", default="avg")
+    parser.add_argument("--configs", type=int, default=300, help="how many search seeds, from 0 on")
+    parser.add_argument("--seeds", type=int, default=10)
+    parser.add_argument("--total-env-steps", type=int, default=2_000_000)
+    parser.add_argument("--setup", action="append", default=[], metavar="K=V", help="a field of Setup in place of the preset's")
+    parser.add_argument("--out", type=Path, required=True, help="folder of the run; goes on if it is there")
+    args = parser.parse_args()
+    lanes.use_host_devices()
+    lanes.use_compilation_cache()
+    try:
+        search(args)
+    except RequestError as error:
+        print(error, file=sys.stderr)
+        return 2
+    return 0
+
+
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -1,12 +1,14 @@
 """AVG's random search: the published configurations, drawn again, and what is made of a search."""
 
+import sys
+
 import numpy as np
 import pandas as pd
 import pytest
 
 import pgjax
 from pgjax.errors import RequestError
-from pgjax.experiments import presets
+from pgjax.experiments import avg_search, presets
 from pgjax.experiments.avg_search import draw, ranking, search_spec
 
 # README of gauthamvasan/avg: search seed -> actor's and critic's learning rate, beta1, alpha, gamma.
@@ -107,3 +109,28 @@ def test_a_search_is_one_run_and_is_ranked_by_area(tmp_path, monkeypatch):
     monkeypatch.setattr(pgjax, "load", lambda path: Run)
     (row,) = ranking(tmp_path, range(1)).to_dict("records")
     assert row["area"] == 20 and row["frozen"] == 1
+
+    # What stayed finite in more seeds comes first, however well the others' survivors did.
+    rows += [(1, seed, i, 5.0, 0) for seed in (0, 1) for i in (1, 2, 3)]
+    Run.metrics = pd.DataFrame(rows, columns=metrics.columns)
+    Run.config = {"configs": [draw(0), draw(1)]}
+    assert ranking(tmp_path, range(2)).area.tolist() == [5, 20]
+
+
+def test_a_search_from_the_command_line_with_a_variant_of_its_own(tmp_path, monkeypatch, capsys):
+    def search(*more):
+        words = ["--env", "gymnax/Pendulum-v1", "--configs", "2", "--seeds", "1", "--total-env-steps", "400", *more]
+        monkeypatch.setattr(sys, "argv", ["avg_search", *words])
+        return avg_search.main()
+
+    out = tmp_path / "search"
+    variant = ("--setup", "scaler=none", "--setup", "hidden_sizes=4,4", "--setup", "num_steps=200")
+    assert search(*variant, "--out", str(out)) == 0
+    config = pgjax.load(out).config
+    assert config["setup"]["scaler"] == "none" and list(config["setup"]["hidden_sizes"]) == [4, 4]
+    assert sorted(pd.read_csv(out / "ranking.csv").search_seed) == [0, 1]
+    # What is published for an environment is what a search there begins with.
+    assert presets.find("auto", "avg", "playground/FingerSpin")["setup"]["boundary"] == "terminate"
+    for words, said in ((["scalr=none"], "did you mean scaler"), (["scaler=maybe"], "give one of code, paper, none")):
+        assert search("--setup", *words, "--out", str(tmp_path / "no")) == 2
+        assert said in capsys.readouterr().err and not (tmp_path / "no").exists()
