@@ -107,6 +107,17 @@ def test_seeds_that_went_non_finite_are_not_left_out_in_silence():
     found = row([20.0], [lame])
     assert found.verdict == "not comparable" and "seeds 3 of ours went non-finite" in found.why
 
+    # For a claim to have failed is a result: with the return of the policy that was held, and said.
+    other = ours([110.0, 120.0, 130.0], "ppo", "ppo")
+    columns = {"kl:mean": np.array([0.1, 0.2, 0.3])}
+    tests = [ClaimTest("main", "ppo", metric, "less") for metric in ("mode", "kl:mean")]
+    claim = Claim("name", "text", "source", tests=tuple(tests))
+    lame, other = dataclasses.replace(lame, columns=columns), dataclasses.replace(other, columns=columns)
+    returns, column = verdicts.claim_rows(paper(claims=[claim]), [lame, other])
+    assert (returns.verdict, returns.left, returns.seeds) == ("holds", 20, 3)
+    assert "holds: 1 of 3 seeds of main went non-finite" in verdicts.claim_table([returns])
+    assert column.verdict == "not tested" and "seeds 3 of ours" in column.why
+
 
 def test_one_seed_gets_no_verdict_and_no_number_of_a_seed_without_episodes():
     assert "one seed" in row([100.0], [ours([90.0])]).why

@@ -41,14 +41,15 @@ class Measured:
     def env(self) -> str:
         return self.result.config["env"]
 
-    def scores(self, metric: str, env_steps: int | None = None) -> np.ndarray:
+    def scores(self, metric: str, env_steps: int | None = None, *, held: bool = False) -> np.ndarray:
         """Scores [S]: returns at the evaluation nearest to ``env_steps`` (None: the last), or a column over the whole run.
 
         ``best`` is the mode policy's return at the evaluation up to there whose mean over seeds is highest; ``area`` is
-        its mean over all evaluations.
+        its mean over all evaluations. With ``held`` a seed that went non-finite counts with the returns of the policy that it
+        was held at: to have failed is a result. Columns have no such thing.
         Raises: RequestError saying in a few words why there are none.
         """
-        if self.result.frozen:
+        if self.result.frozen and not (held and ":" not in metric):
             raise RequestError(f"seeds {', '.join(map(str, self.result.frozen))} of ours went non-finite")
         if ":" in metric:
             if metric not in self.columns:

@@ -185,8 +185,8 @@ def _test_rows(row: ClaimRow, test: ClaimTest, results: Sequence[Measured]) -> l
             continue
         here = dataclasses.replace(row, env=env)
         try:
-            x = ours.scores(test.metric)
-            y = right[env].scores(test.right_metric or test.metric) if right is not None else None
+            x = ours.scores(test.metric, held=True)
+            y = right[env].scores(test.right_metric or test.metric, held=True) if right is not None else None
         except RequestError as error:
             rows.append(dataclasses.replace(here, why=str(error)))
             continue
@@ -194,8 +194,14 @@ def _test_rows(row: ClaimRow, test: ClaimTest, results: Sequence[Measured]) -> l
         other = _error(y) if y is not None else (0.0, math.inf)
         reference = float(np.mean(y)) if y is not None else float(test.right)
         interval = difference_interval(float(np.mean(x)) - reference, error, df, *other)
+        frozen = [(test.left, ours)] + ([(str(test.right), right[env])] if right is not None else [])
         here = dataclasses.replace(
             here,
+            why="; ".join(
+                f"{len(each.result.frozen)} of {len(each.result.seeds)} seeds of {name} went non-finite"
+                for name, each in frozen
+                if each.result.frozen
+            ),
             left=float(np.mean(x)),
             right=reference,
             seeds=len(x),
@@ -289,7 +295,8 @@ def claim_table(rows: Sequence[ClaimRow]) -> str:
     cells = []
     for row in rows:
         numbers = (_short(row.left), _short(row.right), _difference(row), f"{row.seeds or ''}")
-        cells.append((row.text, row.test, row.env, *numbers, row.verdict))
+        verdict = f"{row.verdict}: {row.why}" if row.why and row.env else row.verdict
+        cells.append((row.text, row.test, row.env, *numbers, verdict))
     return markdown_table(header, cells)
 
 
