@@ -12,7 +12,8 @@ import pytest
 
 import pgjax
 from pgjax import cli
-from pgjax.algorithms import list_algorithms
+from pgjax.algorithms import get, list_algorithms
+from pgjax.cli import train
 from pgjax.errors import RequestError
 from pgjax.experiments import presets
 from pgjax.host.runner import RunSpec
@@ -265,3 +266,10 @@ def test_auto_takes_the_environments_own_preset():
     assert presets.find("auto", "ppo", "gymnax/Pendulum-v1")["name"] == "gymnax/Pendulum-v1"
     assert presets.find("auto", "ppo", "gymnax/Catch-bsuite") == {"name": None}
     assert presets.find("none", "ppo", "gymnax/Pendulum-v1") == {"name": None}
+
+
+@pytest.mark.parametrize("name", ["ppo", "sac", "avg"])
+def test_layer_sizes_are_words_of_one_flag_and_options_are_repeated(name):
+    words = ["--env", "gymnax/Pendulum-v1", "--setup.hidden-sizes", "8", "9", "--env-param", "g=9", "--env-param", "m=1.1"]
+    _, spec, _ = train._request(name, get(name), words)
+    assert tuple(spec.setup["hidden_sizes"]) == (8, 9) and spec.env_params == {"g": 9, "m": 1.1}

@@ -4,10 +4,15 @@ import contextlib
 import dataclasses
 import shlex
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
+
+import tyro
 
 from pgjax.cli.options import EXIT_FAILED, pairs, parse, peek
 from pgjax.errors import RequestError
+
+# Only these: layer sizes, which are several words of one flag, cannot be told in that way.
+Repeated = Annotated[list[str], tyro.conf.UseAppendAction]
 
 
 @dataclasses.dataclass
@@ -38,9 +43,9 @@ class TrainArgs:
     one, lpo:NAME_OR_FILE: docs/learned_objectives.md."""
     rule: str | None = None
     """For lpg: a learned rule, by name or file, such as lpg:default or runs/groove/learned.npz."""
-    env_option: list[str] = dataclasses.field(default_factory=list)
+    env_option: Repeated = dataclasses.field(default_factory=list)
     """K=V, an argument of the environment, such as backend=spring or reset_mode=pool; may be repeated."""
-    env_param: list[str] = dataclasses.field(default_factory=list)
+    env_param: Repeated = dataclasses.field(default_factory=list)
     """K=V, a physical parameter of the environment, such as gravity=9.0; may be repeated."""
     log_every: int | None = None
     """Iterations behind each row of metrics; about 200 rows if not given."""
@@ -73,8 +78,6 @@ def command(argv: list[str]) -> int:
 
 def _request(name: str, module, argv: list[str]):
     """Parses the options of ``train``; presets become the defaults that ``--help`` shows."""
-    import tyro
-
     from pgjax.experiments import presets
     from pgjax.experiments.objective_file import load_objective, pinned
     from pgjax.host.runner import RunSpec
@@ -94,7 +97,7 @@ def _request(name: str, module, argv: list[str]):
         if extra:
             raise RequestError(f"{extra[0]} cannot be changed by {flag}; {remedy}")
         spec = RunSpec.from_config(config)
-        args = parse(TrainArgs, [f"--env={spec.env}", *argv], f"pgjax train {name}", config=(tyro.conf.UseAppendAction,))
+        args = parse(TrainArgs, [f"--env={spec.env}", *argv], f"pgjax train {name}")
         return args, spec, load_objective(spec.objective)
 
     preset = presets.find(peek(argv, "--preset") or "auto", name, env or "")
@@ -111,7 +114,7 @@ def _request(name: str, module, argv: list[str]):
         total = preset["total_env_steps"]
         cls = dataclasses.make_dataclass("Train", [("total_env_steps", int, total)], bases=(cls,))
         cls.__doc__ = f"Train {name}; defaults of preset {preset['name']}."
-    args = parse(cls, argv, f"pgjax train {name}", config=(tyro.conf.UseAppendAction,))
+    args = parse(cls, argv, f"pgjax train {name}")
     if args.seeds < 1:
         raise RequestError(f"--seeds {args.seeds} must be at least 1")
     if args.seed_start < 0 or args.seed_start + args.seeds > 2**32:
