@@ -94,8 +94,8 @@ class State(struct.PyTreeNode):
     """All that is carried from one iteration to the next, for one lane.
 
     key: typed key, the same for ever: step n draws from its n-th descendant, however steps are cut into iterations.
-    env_steps: int32.  env_state: of one environment, with an axis [1].  obs: [*O] raw, counted already in the statistics that it
-    was met with; those of a warm start have not seen it.
+    env_steps: int32.  env_state: of one environment, with an axis [1].  obs: [*O] raw, counted already in the statistics that
+    it was met with; those of a warm start have not seen it.
     episode_return: [] float32.  episode_length: [] int32.  nonfinite: [] bool, whether an update was ever refused.
     noise_scale: standard deviation of exploration in [-1, 1], kept for the policy that is handed out; None if the policy
     has a spread of its own.
