@@ -35,8 +35,8 @@ class Setup(ppo.Setup):
 
     behavior: ``fitted`` as above, or the ``target`` policy itself, which makes PPO-Buffer.
     behavior_num_steps: steps of each environment between two fits of the behaviour policy; divides num_steps.
-    behavior_epochs, behavior_minibatches: passes of a fit over its data, and the parts that a full buffer (or batch, see behavior_data)
-        is cut into; for what a fit leaves out there are fewer.
+    behavior_epochs, behavior_minibatches: passes of a fit over its data, and the parts that a full buffer (or batch, see
+        behavior_data) is cut into; for what a fit leaves out there are fewer.
     behavior_optimizer: ``adam``, whose moments go on from fit to fit, or ``sgd``.
     behavior_kl: what ties φ to θ: ``target_behavior``, KL(θ ‖ φ), or ``behavior_target_mean``, KL(φ ‖ θ) divided by the number
         of action dimensions; ``auto`` is the former for discrete actions and the latter for continuous ones.
