@@ -201,7 +201,7 @@ def minibatch_sgd(
             gradient, norm = clip_gradient(setup, hypers, gradient)
             if setup.learning_rate_schedule == "adaptive_kl":
                 # paper: none / authors' code: brax's PPO after RSL-RL, per minibatch and before its step / here: the same.
-                exact_kl = minibatch.dist_old.kl(sample.dist).mean()
+                exact_kl = masked_mean(minibatch.dist_old.kl(sample.dist), minibatch.present)
                 factor = jnp.where(exact_kl > 2 * hypers.desired_kl, 1 / 1.5, 1.0)
                 factor = jnp.where((exact_kl > 0) & (exact_kl < hypers.desired_kl / 2), 1.5, factor)
                 # The floor under the divisor lets a learning rate of zero stay zero.

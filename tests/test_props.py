@@ -482,8 +482,10 @@ def test_ratios_and_means_over_fits_are_those_of_the_policies_that_collected():
     def fit(core, key, target, opt_state, samples, present, hypers):
         # Fits are told apart by how much they had.
         had = present.sum().astype(jnp.float32)
-        return target + 0.3 * (-1.0) ** jnp.arange(target.size), opt_state, props.Fit(
-            present.sum(), had, had / 100, jnp.zeros((), bool)
+        return (
+            target + 0.3 * (-1.0) ** jnp.arange(target.size),
+            opt_state,
+            props.Fit(present.sum(), had, had / 100, jnp.zeros((), bool)),
         )
 
     with mock.patch.object(props, "fit_behavior", fit):
