@@ -27,8 +27,8 @@ KIND = "lpo"
 # Row i of the other order is row ORDER[i] of the authors', times SIGN[i]; of the second eight likewise.
 _ORDER = np.array([2, 3, 0, 1, 6, 7, 4, 5])
 _SIGN = np.array([-1.0, 1, 1, 1, -1, 1, 1, 1])
-# Log ratios beyond this count as this much: their squares would not fit float32, and the network is long saturated.
-_FAR = 20.0
+# Log ratios beyond this count as this much: the squares of what lies further do not fit float32. paper: no bound.
+_FAR = 40.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -149,7 +149,8 @@ def surrogate(
 def _ppo_drift(log_ratio, advantage, convention):
     if convention.form == "scratch":
         return jnp.zeros_like(log_ratio)
-    ratio = jnp.exp(log_ratio)
+    # As in PPO's surrogate: not infinite, for its slope is taken off again.
+    ratio = jnp.exp(jnp.where(advantage > 0, jnp.minimum(log_ratio, 80.0), log_ratio))
     return jax.nn.relu((ratio - jnp.clip(ratio, 1 - convention.ppo_eps, 1 + convention.ppo_eps)) * advantage)
 
 

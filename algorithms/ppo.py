@@ -37,7 +37,8 @@ def clip_surrogate(log_ratio: jax.Array, advantage: jax.Array, clip_eps) -> jax.
     Args: log_ratio [N], log ρ = log π_new - log π_old; advantage [N]; clip_eps scalar.
     Returns: [N], in units of the advantage.  Source: eq. 7 of the paper.
     """
-    ratio = jnp.exp(log_ratio)
+    # Where it is clipped anyway an infinite ratio would make NaN of a slope of 0.
+    ratio = jnp.exp(jnp.where(advantage > 0, jnp.minimum(log_ratio, 80.0), log_ratio))
     return jnp.minimum(ratio * advantage, jnp.clip(ratio, 1 - clip_eps, 1 + clip_eps) * advantage)
 
 

@@ -67,7 +67,7 @@ class Family:
 
     max_size, max_objects, num_types: √C, K and E of ``Level``.  max_steps: the largest limit.
     tabular: every state has an observation of its own; else objects and start are drawn anew in each episode.
-    sample: ``key -> Level``.
+    sample: ``key -> Level``.  drawn: whether levels differ; else ``sample`` always gives the same one.
     """
 
     max_size: int
@@ -76,6 +76,7 @@ class Family:
     max_steps: int
     tabular: bool
     sample: Callable[[jax.Array], Level]
+    drawn: bool = True
 
     @property
     def num_states(self) -> int:
@@ -162,7 +163,8 @@ def _level(size: int, wall, start: int, cells: list[int], types: list[int], kind
 
 def _fixed(level: Level, tabular: bool) -> Family:
     size = math.isqrt(len(level.wall))
-    return Family(size, len(level.object_cell), len(level.reward), int(level.max_steps_in_episode), tabular, lambda key: level)
+    shape = (size, len(level.object_cell), len(level.reward), int(level.max_steps_in_episode))
+    return Family(*shape, tabular, lambda key: level, drawn=False)
 
 
 def _drawn(text: str, kinds: dict[str, tuple[float, float, float]], limit: int) -> Family:

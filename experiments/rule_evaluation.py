@@ -24,7 +24,7 @@ from pgjax.experiments.meta_train import held_out, lpg
 from pgjax.experiments.reproduce.verdicts import centre, difference_interval, mean_interval
 from pgjax.host import lanes
 from pgjax.learned import files as learned_files
-from pgjax.learned.rule import init_rule, read_convention
+from pgjax.learned.rule import init_rule
 
 _RESAMPLES = 10_000
 _LEVEL = 0.95
@@ -60,11 +60,14 @@ def returns_of(
 
     Raises: RequestError if the levels' optimum is not known.
     """
-    spec, params = read_convention(rule.params, rule.convention)
-    num_envs, num_steps = (int(rule.convention.get(name, usual)) for name, usual in (("num_envs", 64), ("num_steps", 20)))
-    inner = lpg.inner_of(lpg.Args(levels=levels, num_envs=num_envs, num_steps=num_steps), spec)
+    inner, params = lpg.inner_of_rule(rule, levels)
+    spec = inner.algorithm.core.spec
     if not inner.family.tabular:
         raise RequestError(f"levels = {levels!r}: their optimum is not known; choose tabular ones, such as small")
+    if not inner.family.drawn:
+        raise RequestError(f"levels = {levels!r} is a single one, with nothing to average over; choose others, such as small")
+    if updates is None and "lifetime" not in rule.convention:
+        raise RequestError("the rule does not say how long agents lived in its meta-training; give --updates")
     updates = updates or int(rule.convention["lifetime"][1])
 
     def part(rule, start, levels, key):

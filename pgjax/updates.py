@@ -10,6 +10,7 @@ from typing import TypeVar
 import jax
 import jax.numpy as jnp
 
+from pgjax.errors import RequestError
 from pgjax.on_policy import Batch, Core, Hypers, Learner, gae_estimate, with_values
 from pgjax.optimizers import clip_gradient, descend
 from pgjax.types import Objective, PyTree, Sample
@@ -80,7 +81,12 @@ def surrogate_loss(core: Core, objective: PolicyObjective, key, params, minibatc
     """
     sample = sample_of(core, params, minibatch, progress)
     log_ratio, weight = sample.log_ratio, sample.weight
-    loss_policy = -masked_mean(objective(sample, hypers, extra), weight)
+    value = objective(sample, hypers, extra)
+    if jnp.shape(value) != sample.advantage.shape:
+        # [N, 1] beside [N] would broadcast to a mean that looks right.
+        wanted, given = sample.advantage.shape, jnp.shape(value)
+        raise RequestError(f"the objective gave an array of shape {given} for samples of shape {wanted}; give one number each")
+    loss_policy = -masked_mean(value, weight)
     loss = loss_policy - hypers.entropy_coef * masked_mean(sample.dist.entropy(key), weight)
     # E[ratio - 1 - log ratio], never negative: the sampled KL(old || new) with the least variance.
     parts = {"loss_policy": loss_policy, "kl_sampled": masked_mean(jnp.expm1(log_ratio) - log_ratio, weight)}

@@ -142,7 +142,13 @@ def test_centred_ranks_of_ties_are_shared():
 
 def test_failed_members_count_as_the_worst():
     fitness = jnp.array([1.0, jnp.nan, 4.0, jnp.inf, -jnp.inf, 2.0])
-    np.testing.assert_array_equal(np.asarray(evolution.without_failures(fitness)), [1, 1, 4, 1, 1, 2])
+    told = np.asarray(evolution.without_failures(fitness))
+    np.testing.assert_allclose(told, [1, 1, 4, 1, 1, 2], atol=2e-6)
+    # Never an equal of who earned the least.
+    assert (told[[1, 3, 4]] < 1).all()
+    pairs = jnp.array([0.0, jnp.nan, 0.0, 0.0, jnp.nan, -jnp.inf])
+    np.testing.assert_array_equal(evolution.ties(pairs), [False, True, True])
+    np.testing.assert_array_equal(evolution.pair_ranks(evolution.without_failures(pairs)), [1, 0, 0.5, 0.5, 0.5, 0.5])
     np.testing.assert_array_equal(np.asarray(evolution.without_failures(jnp.full(4, jnp.nan))), np.zeros(4))
     es = evolution.open_es(jnp.zeros(3), 6)
     population, state = es.ask(es.init(jax.random.key(0), jnp.zeros(3)), jax.random.key(1))

@@ -9,7 +9,7 @@ from jax.flatten_util import ravel_pytree
 from pgjax.algorithms import lpg, make
 from pgjax.envs import grid_world, make_env
 from pgjax.errors import RequestError
-from pgjax.experiments.meta_train import agents, get, groove, held_out, levels, loop, picture, whole_lives
+from pgjax.experiments.meta_train import agents, get, gradient, groove, held_out, levels, loop, picture, whole_lives
 from pgjax.experiments.meta_train import lpg as meta
 from pgjax.host import checkpoints
 from pgjax.learned import evolution
@@ -414,6 +414,74 @@ def test_groove_from_meta_update_to_meta_update():
     first, last = (ravel_pytree(s.rule)[0] for s in (jax.jit(trainer.init)(jax.random.key(0)), state))
     assert 0 < np.abs(first - last).max() <= 12 * 1.1e-4, "Adam's steps are no longer than its rate"
     assert trainer.env_steps_per_step == 4 * 3 * 4 * 5 and trainer.kind == "lpg"
+
+
+def test_a_levels_score_is_what_its_own_agent_left_to_be_earned(monkeypatch):
+    """Returns that tell levels and players apart; agents end at different times, those born old count for nothing."""
+
+    def opponent(inner, level, lifetime, key):
+        return 100.0 + level.start
+
+    def player(inner, learner, level, key):
+        return 0.5 * level.start
+
+    monkeypatch.setattr(gradient, "a2c_earns", opponent)
+    monkeypatch.setattr(gradient, "earns", player)
+    trainer = trainer_of(lifetime=(4, 8), score="alg_regret", buffer_size=14, p_replay=0.0, eval_levels=1)
+    state, step = jax.jit(trainer.init)(jax.random.key(0)), jax.jit(trainer.step)
+    born = np.asarray(state.agents.state.env_steps) // 20
+    scored = skipped = 0
+    for _ in range(8):
+        before, (state, _) = state, step(state)
+        ended = np.asarray(before.agents.state.env_steps) // 20 + 2 >= np.asarray(before.agents.lifetime)
+        slots = np.asarray(before.slots)
+        for agent in np.flatnonzero(ended):
+            # Levels that nobody lives on may have been renewed before it ended, but not its own.
+            assert not state.buffer.active[slots[agent]] or slots[agent] in np.asarray(state.slots)
+            if born[agent]:
+                skipped += 1
+                assert state.buffer.new[slots[agent]]
+            elif not state.buffer.active[slots[agent]]:
+                scored += 1
+                assert not state.buffer.new[slots[agent]]
+                left = 100 + 0.5 * before.agents.state.env_params.start[agent]
+                np.testing.assert_allclose(state.buffer.score[slots[agent]], left)
+        born = np.where(ended, 0, born)
+    assert scored >= 3 and skipped >= 1
+
+
+def test_scores_of_agents_that_broke_are_not_kept():
+    buffer, slots = levels.init_buffer(levels.sampler(grid_world.family("small"), 2, 4), jax.random.key(0), 6, 3)
+    ended, score = jnp.array([True, True, False]), jnp.array([jnp.nan, 2.0, 3.0])
+    kept = levels.record(buffer, slots, ended, score, jnp.array([True, False, True]))
+    assert kept.new.all() and (kept.score == 0).all()
+    assert kept.active.tolist() == [False, False, True, False, False, False]
+    kept = levels.record(buffer, slots, ended, score)
+    assert kept.new.tolist() == [True, False, True, True, True, True] and kept.score[1] == 2
+
+
+def test_a_rule_is_judged_with_the_step_sizes_it_was_made_with():
+    trainer = trainer_of(actor_lr=7.0, predictor_lr=3.0, alpha_y=0.2, gamma=0.8, gamma_input=True, eval_levels=1)
+    rule = Learned("lpg", trainer.learned(trainer.init(jax.random.key(0))), trainer.convention, {})
+    inner, _ = meta.inner_of_rule(rule, "small")
+    hypers = inner.algorithm.hypers
+    assert [float(x) for x in (hypers.learning_rate, hypers.predictor_lr)] == [7, 3]
+    np.testing.assert_allclose(hypers.alpha_y, 0.2)
+    assert (inner.setup.num_envs, inner.setup.num_steps) == (4, 5) and inner.algorithm.core.spec.gamma_input
+    # Small networks with Adam have their own.
+    np.testing.assert_allclose(meta.inner_of_rule(rule, "rand_dense")[0].algorithm.hypers.learning_rate, 1e-3)
+    # And in meta-training the rule is told the discount of the outcome.
+    told = meta.inner_of(meta.Args(levels="debug", gamma=0.8), SPEC).algorithm.hypers.gamma
+    np.testing.assert_allclose(told, 0.8)
+
+
+def test_learning_rates_that_are_not_given_are_the_published_ones_of_the_method():
+    for method, most in (("gradient", 1e-4), ("evolution", 1e-2)):
+        trainer = trainer_of(method=method, lifetime=(2, 2), eval_levels=1)
+        state = jax.jit(trainer.init)(jax.random.key(0))
+        after, _ = jax.jit(trainer.step)(state)
+        first, last = (ravel_pytree(trainer.learned(s))[0] for s in (state, after))
+        np.testing.assert_allclose(np.abs(first - last).max(), most, rtol=0.05)
 
 
 def test_evolution_of_whole_lives():

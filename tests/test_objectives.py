@@ -12,11 +12,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.flatten_util import ravel_pytree
+from probe_envs import Probe
 
+import pgjax
 from pgjax import on_policy, updates
-from pgjax.algorithms import a2c, dpo, fixpo, list_algorithms, mdpo, ppo, ppo_kl, reinforce, spo, trpo
+from pgjax.algorithms import a2c, dpo, fixpo, list_algorithms, lpo, mdpo, ppo, ppo_kl, reinforce, spo, trpo
 from pgjax.checks.mirror_learning import check_drift
 from pgjax.distributions import Categorical
+from pgjax.errors import RequestError
 from pgjax.networks import ActorCritic
 from pgjax.optimizers import init_opt_state
 from pgjax.spaces import Box, Discrete
@@ -269,6 +272,23 @@ def test_dpo_is_finite_and_exact_in_float32_at_extreme_ratios():
     exact = advantage + 2 * np.tanh(np.expm1(log_ratio) * advantage / 2)
     found = dpo.dpo_surrogate(jnp.float32(log_ratio), jnp.float32(advantage))
     np.testing.assert_allclose(found, exact, atol=5e-6)
+
+
+def test_a_ratio_beyond_float32_has_no_slope_where_it_is_clipped():
+    no_drift = lpo.init_params(jax.random.key(0))
+    for surrogate in (lambda l, a: ppo.clip_surrogate(l, a, 0.2), lambda l, a: lpo.surrogate(no_drift, l, a)):
+        log_ratio, advantage = jnp.float32([200.0, 100.0, 0.1, -200.0]), jnp.float32([1.0, 3.0, 2.0, -1.0])
+        value, slope = jax.vmap(jax.value_and_grad(lambda l, a: surrogate(l[None], a[None])[0]))(log_ratio, advantage)  # noqa: B023
+        np.testing.assert_allclose(value, [1.2, 3.6, 2 * np.exp(0.1), -0.8], rtol=1e-3)
+        np.testing.assert_allclose(slope, [0, 0, 2 * np.exp(0.1), 0], rtol=1e-3)
+
+
+@pytest.mark.parametrize("wrong", [lambda l, a: (l * a)[:, None], lambda l, a: (l * a).mean()])
+def test_an_objective_that_gives_no_number_for_each_sample_is_refused(wrong):
+    env = Probe("responding")
+    algorithm = pgjax.make("ppo", env, objective=wrong, num_envs=2, num_steps=4, num_minibatches=2, hidden_sizes=())
+    with pytest.raises(RequestError, match=r"for samples of shape \(4,\); give one number each"):
+        algorithm.step(algorithm.init(jax.random.key(0), algorithm.hypers), algorithm.hypers)
 
 
 # ---- The shipped update on a chain of three states, over all of its trajectories ------------------------------------

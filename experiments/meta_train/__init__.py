@@ -27,7 +27,7 @@ class MetaTrainer(NamedTuple):
     step: ``state -> (state, metrics)``, one generation or meta-update, jittable; a flat dict of scalars with fixed keys.
     learned: ``state -> params``, what the file keeps.
     kind: of the learned file.  convention: JSON values, everything without which ``learned`` means nothing.
-    env_steps_per_step: inner environment steps of one step.
+    env_steps_per_step: inner environment steps of one step, in the lives of agents; not those of opponents and evaluations.
     devices: that ``step`` spreads its work over; empty for one that needs no more than the first.
     report: ``state -> JSON values``, what is measured once at the end, for the provenance; None if nothing.
     curve: name of the metric that the progress line and the figure show.

@@ -102,7 +102,11 @@ def make_inner(
     usual = (40.0, 4.0) if tabular else (1e-3, 1e-3)
     rates = [own if given is None else given for given, own in zip((actor_lr, predictor_lr), usual, strict=True)]
     hypers = lpg.Hypers(
-        learning_rate=rates[0], predictor_lr=rates[1], alpha_y=alpha_y, max_grad_norm=0.5 if tabular else np.inf
+        learning_rate=rates[0],
+        predictor_lr=rates[1],
+        alpha_y=alpha_y,
+        max_grad_norm=0.5 if tabular else np.inf,
+        gamma=outcome.gamma,
     )
     rule = init_rule(spec, jax.random.key(0))
     algorithm = lpg.make(env, setup, hypers, rule=Learned("lpg", rule, convention_of(spec), {}))

@@ -108,14 +108,14 @@ def make(
         chunk = min(num // parts, 8)
         return levels_.for_those(ended, regret, (agents.state.learner, level, agents.lifetime, keys), chunk)
 
-    def succeed(state, ended, lived, key):
+    def succeed(state, ended, valid, lived, key):
         """Agents that ended give way to newborn ones on other levels. Returns the state and how many levels were replayed."""
         key_fresh, key_score, key_choice, key_agents = jax.random.split(key, 4)
         agents, buffer, slots, replayed = state.agents, state.buffer, state.slots, jnp.zeros(num, bool)
         if keeps:
             if scored:
                 buffer = levels_.renew_lowest(buffer, sample, key_fresh, num)
-                buffer = levels_.record(buffer, slots, ended, score_of(state, ended, lived, key_score))
+                buffer = levels_.record(buffer, slots, ended, score_of(state, ended, lived, key_score), valid)
                 buffer, choice = levels_.choose(buffer, key_choice, slots, ended, state.count, curriculum)
             else:
                 buffer, choice = levels_.choose_any(buffer, key_choice, slots, ended)
@@ -138,9 +138,11 @@ def make(
         rule, opt_state = jax.tree.map(lambda new, old: jnp.where(sound, new, old), moved, (state.rule, state.opt_state))
         broken = ~jax.vmap(on_policy.all_finite)((agents.state.learner, agents.critic))
         ended = (updates_of(inner, agents) >= agents.lifetime) | broken
+        # No regret of an agent that broke, nor of one that began with an age: it had fewer updates than its opponent.
+        valid = ~broken & (updates_of(inner, agents) <= inner.window * (state.count + 1))
         old = state.replace(key=key, rule=rule, opt_state=opt_state, agents=agents)
         new, replayed = jax.lax.cond(
-            ended.any(), lambda s: succeed(s, ended, lived, key_succeed), lambda s: (s, jnp.zeros(())), old
+            ended.any(), lambda s: succeed(s, ended, valid, lived, key_succeed), lambda s: (s, jnp.zeros(())), old
         )
         weight = late / jnp.maximum(late.sum(), 1)
         metrics = {name: getattr(lived, name).mean() for name in Lived._fields if name not in ("positive", "absolute")}
@@ -170,6 +172,7 @@ def make(
         learned=lambda state: state.rule,
         kind="lpg",
         convention=convention,
+        # Of the agents' lives; a curriculum's opponents and returns at the end are not counted.
         env_steps_per_step=num * (inner.window + 1) * inner.algorithm.env_steps_per_iteration,
         devices=tuple(devices),
         curve="reward_late",

@@ -49,7 +49,7 @@ def by_rule(inner: Inner, rule: PyTree, levels: PyTree, lifetime: jax.Array, key
 
 
 def sample(family: grid_world.Family, num: int, seed: int = 0) -> PyTree:
-    """Levels [L] of a stream that meta-training does not draw from."""
+    """Levels [L] of a stream that meta-training does not draw from; of a family of one level, that one."""
     keys = jax.random.split(jax.random.fold_in(jax.random.key(seed), _HELD_OUT), num)
     return jax.vmap(family.sample)(keys)
 

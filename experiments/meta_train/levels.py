@@ -4,7 +4,8 @@ GROOVE keeps a buffer of levels. When an agent's life ends, its level gets a sco
 A2C agent earns on it that was trained for as long, less what the agent of the rule earns. A new agent then gets a level of high
 score, or one that nobody has played.
 
-Source: Jackson et al. 2023, arXiv 2310.02782. The order of things is that of its authors' code.
+Source: Jackson et al. 2023, arXiv 2310.02782. The order of things is that of its authors' code, but that
+levels are renewed only when somebody's life ended, not after every meta-update.
 """
 
 from collections.abc import Callable
@@ -120,14 +121,18 @@ def renew_lowest(buffer: Buffer, sample: Sampler, key: jax.Array, num: int) -> B
     )
 
 
-def record(buffer: Buffer, slots: jax.Array, ended: jax.Array, score: jax.Array) -> Buffer:
-    """The levels of agents that ``ended`` [A] get their ``score`` [A], and are free again."""
+def record(buffer: Buffer, slots: jax.Array, ended: jax.Array, score: jax.Array, valid: jax.Array | bool = True) -> Buffer:
+    """The levels of agents that ``ended`` [A] get their ``score`` [A], and are free again.
+
+    Where a score is not ``valid`` [A] or not finite, the level stays as one that was never scored.
+    """
     # Where nobody's level is, nothing is written.
     slots = jnp.where(ended, slots, len(buffer.score))
+    valid = valid & jnp.isfinite(score)
     return buffer.replace(
-        score=buffer.score.at[slots].set(score, mode="drop"),
+        score=buffer.score.at[slots].set(jnp.where(valid, score, 0.0), mode="drop"),
         active=buffer.active.at[slots].set(False, mode="drop"),
-        new=buffer.new.at[slots].set(False, mode="drop"),
+        new=buffer.new.at[slots].set(~valid, mode="drop"),
     )
 
 

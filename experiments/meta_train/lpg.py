@@ -22,8 +22,10 @@ from pgjax.experiments.meta_train import levels as levels_
 from pgjax.experiments.meta_train.agents import Inner, Outcome, make_inner
 from pgjax.experiments.meta_train.levels import Score, Transform
 from pgjax.host import lanes
-from pgjax.learned.rule import RuleSpec, convention_of
+from pgjax.learned.files import Learned
+from pgjax.learned.rule import RuleSpec, convention_of, read_convention
 from pgjax.on_policy import check_choices, check_counts
+from pgjax.types import PyTree
 
 # Updates of an agent's life, (shortest, longest), by the name of the levels; log-uniform between them.
 LIFETIMES = {
@@ -65,8 +67,10 @@ class Args:
     """Its kind."""
     num_predictions: int = 8
     """m, the length of the agent's prediction vector."""
-    lr: float = 1e-4
-    """Adam's learning rate; for evolution 0.01 is the published one."""
+    gamma_input: bool = False
+    """Tell the rule the discount too, as in the paper."""
+    lr: float | None = None
+    """Adam's learning rate; 1e-4, or 0.01 for evolution, the published ones, if not given."""
     max_grad_norm: float = 0.0
     """Bound on the norm of the meta-gradient; 0 is none, as in the authors' code. A rule that meta-learns fast needs one."""
     lr_decay: float = 0.999
@@ -115,7 +119,13 @@ def build(args: Args, pairs: Callable | None = None) -> MetaTrainer:
     """The meta-trainer that the options describe. Raises: RequestError naming field, value and remedy."""
     curriculum = levels_.Curriculum(**{name: getattr(args, name) for name in levels_.Curriculum._fields})
     _check(args, curriculum)
-    spec = RuleSpec(num_predictions=args.num_predictions, hidden_size=args.hidden_size, cell=args.cell, temporal=args.temporal)
+    spec = RuleSpec(
+        num_predictions=args.num_predictions,
+        hidden_size=args.hidden_size,
+        cell=args.cell,
+        temporal=args.temporal,
+        gamma_input=args.gamma_input,
+    )
     inner, (shortest, longest) = inner_of(args, spec), lifetimes(args)[1]
     if args.score == "optimal_regret" and not inner.family.tabular:
         raise RequestError(f"score = 'optimal_regret' needs levels whose optimum is known, and {args.levels} are not tabular")
@@ -128,7 +138,8 @@ def build(args: Args, pairs: Callable | None = None) -> MetaTrainer:
         **{"num_envs": args.num_envs, "num_steps": args.num_steps, "levels": args.levels, "lifetime": [shortest, longest]},
         agent=agent | {"optimizer": inner.setup.optimizer},
     )
-    shared: Any = dict(num=args.agents, parts=args.parts, lr=args.lr, devices=_devices(args), convention=convention)
+    lr = args.lr if args.lr is not None else {"gradient": 1e-4, "evolution": 1e-2}[args.method]
+    shared: Any = dict(num=args.agents, parts=args.parts, lr=lr, devices=_devices(args), convention=convention)
     if args.method == "evolution":
         # Of a log-uniform distribution.
         mean_life = longest if shortest == longest else (longest - shortest) / np.log(longest / shortest)
@@ -138,9 +149,25 @@ def build(args: Args, pairs: Callable | None = None) -> MetaTrainer:
         trainer = gradient.make(inner, sample, curriculum, max_grad_norm=args.max_grad_norm, **shared)
 
     def report(state):
-        return {"held_out": held_out.report(inner, trainer.learned(state), args.eval_levels, longest)}
+        name = "held_out" if inner.family.drawn else "on_its_level"
+        return {name: held_out.report(inner, trainer.learned(state), args.eval_levels, longest)}
 
     return trainer._replace(report=report)
+
+
+def inner_of_rule(rule: Learned, levels: str) -> tuple[Inner, PyTree]:
+    """``(inner, parameters)`` of agents that live by a learned rule on other levels, as they lived in its meta-training.
+
+    Their step sizes are taken over where the agents are of the same kind, linear ones with SGD or small networks with Adam.
+    """
+    spec, params = read_convention(rule.params, rule.convention)
+    inner = inner_of(Args(levels=levels), spec)
+    told = {name: rule.convention[name] for name in ("num_envs", "num_steps") if name in rule.convention}
+    agent = rule.convention.get("agent", {})
+    if agent.get("optimizer") == inner.setup.optimizer:
+        names = {"actor_lr": "learning_rate", "predictor_lr": "predictor_lr", "alpha_y": "alpha_y"}
+        told |= {name: agent[field] for name, field in names.items() if field in agent}
+    return inner_of(Args(levels=levels, **told), spec), params
 
 
 def inner_of(args: Args, spec: RuleSpec) -> Inner:

@@ -200,7 +200,7 @@ def make(
         metrics = {
             "fitness_mean": fitness.mean(where=known),
             "fitness_max": fitness.max(where=known, initial=-jnp.inf),
-            "ties": (fitness[0::2] == fitness[1::2]).mean(),
+            "ties": evolution.ties(fitness).mean(),
             "failed": 1 - known.mean(),
             "sigma": es.sigma(state.es),
             "mean_norm": jnp.linalg.norm(after),

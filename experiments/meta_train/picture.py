@@ -14,10 +14,9 @@ import numpy as np
 from pgjax.algorithms import lpg
 from pgjax.envs import grid_world
 from pgjax.experiments.meta_train import agents
-from pgjax.experiments.meta_train.lpg import Args, inner_of
+from pgjax.experiments.meta_train.lpg import inner_of_rule
 from pgjax.experiments.plots import pyplot, save
 from pgjax.learned import files as learned_files
-from pgjax.learned.rule import read_convention
 
 
 def targets(rule: learned_files.Learned, level: str, updates: int = 250, seed: int = 0) -> dict[str, np.ndarray]:
@@ -25,9 +24,7 @@ def targets(rule: learned_files.Learned, level: str, updates: int = 250, seed: i
 
     Of an agent that has done half of its ``updates``, over the 20 rollouts after that.
     """
-    spec, params = read_convention(rule.params, rule.convention)
-    num_envs, num_steps = (int(rule.convention.get(name, usual)) for name, usual in (("num_envs", 64), ("num_steps", 20)))
-    inner = inner_of(Args(levels=level, num_envs=num_envs, num_steps=num_steps), spec)
+    inner, params = inner_of_rule(rule, level)
     family, where = inner.family, inner.env.default_params
     params = jax.tree.map(jnp.asarray, params)
     hypers = inner.algorithm.hypers.replace(rule=params)
@@ -47,7 +44,7 @@ def targets(rule: learned_files.Learned, level: str, updates: int = 250, seed: i
         return jax.lax.scan(one, state, jax.random.split(keys[2], 20))[1]
 
     cell, pi_hat, log_y_hat = (np.asarray(x, np.float64) for x in play(jax.random.key(seed)))
-    cell, y_hat = cell.astype(int).ravel(), np.exp(log_y_hat).reshape(-1, spec.num_predictions)
+    cell, y_hat = cell.astype(int).ravel(), np.exp(log_y_hat).reshape(-1, inner.algorithm.core.spec.num_predictions)
     centred = y_hat - y_hat.mean(0)
     component = centred @ np.linalg.svd(centred.T @ centred)[0][:, 0]
     there = int((np.asarray(where.object_there) * 2 ** np.arange(family.max_objects)).sum())

@@ -69,7 +69,7 @@ def make(
             "fitness_mean": jnp.nan_to_num(fitness).mean(),
             "fitness_best": jnp.nan_to_num(pairs.max(1)).mean(),
             # Where neither won, nothing is learned.
-            "ties": (pairs[:, 0] == pairs[:, 1]).mean(),
+            "ties": evolution.ties(fitness).mean(),
             "failed": (~jnp.isfinite(fitness)).mean(),
             "sigma": es.sigma(told),
             "rule_norm": optax.tree.norm(es.mean(told)),

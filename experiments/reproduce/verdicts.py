@@ -51,13 +51,14 @@ class NumberRow:
 class ClaimRow:
     """A claim on one environment.
 
-    test: which runs and metric.  difference: left less right (or less the number), with its 95 % interval.
+    test: which runs and metric.  note: what is to be known of the claim and its test.  difference: left less right (or less the number), with its 95 % interval.
     """
 
     claim: str
     env: str
     verdict: str
     text: str
+    note: str = ""
     test: str = ""
     why: str = ""
     left: float = math.nan
@@ -167,7 +168,7 @@ def _published_error(numbers: Numbers, value: list[float]) -> tuple[float, float
 
 
 def _claim_rows(claim: Claim, results: Sequence[Measured]) -> list[ClaimRow]:
-    row = ClaimRow(claim.name, "", "not tested", claim.text)
+    row = ClaimRow(claim.name, "", "not tested", claim.text, note=claim.mark_note)
     if not claim.tests:
         return [row]
     rows = [found for test in claim.tests for found in _test_rows(row, test, results)]
@@ -290,13 +291,15 @@ def number_table(rows: Sequence[NumberRow]) -> str:
 
 
 def claim_table(rows: Sequence[ClaimRow]) -> str:
-    """Rows as a Markdown table."""
+    """Rows as a Markdown table; what is to be known of a claim stands in its first row."""
     header = ("claim", "tested by", "environment", "left", "right", "difference", "seeds", "verdict")
-    cells = []
+    cells, seen = [], set()
     for row in rows:
         numbers = (_short(row.left), _short(row.right), _difference(row), f"{row.seeds or ''}")
         verdict = f"{row.verdict}: {row.why}" if row.why and row.env else row.verdict
-        cells.append((row.text, row.test, row.env, *numbers, verdict))
+        told = f"{row.text} ({row.note})" if row.note and row.claim not in seen else row.text
+        seen.add(row.claim)
+        cells.append((told, row.test, row.env, *numbers, verdict))
     return markdown_table(header, cells)
 
 

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from pgjax.distributions import Categorical, DiagGaussian
+from pgjax.errors import RequestError
 from pgjax.types import Objective, Sample
 
 
@@ -105,7 +106,11 @@ def _pairs():
 def _measure(evaluate, dist_old, dist, action, advantage, progress, tolerance) -> DriftReport:
     def drift(dist):
         log_ratio = dist.log_prob(action) - dist_old.log_prob(action)
-        return jnp.exp(log_ratio) * advantage - evaluate(Sample(log_ratio, advantage, dist, dist_old, progress))
+        value = evaluate(Sample(log_ratio, advantage, dist, dist_old, progress))
+        if jnp.shape(value) != advantage.shape:
+            wanted, given = advantage.shape, jnp.shape(value)
+            raise RequestError(f"the objective gave an array of shape {given} for samples of shape {wanted}; give one each")
+        return jnp.exp(log_ratio) * advantage - value
 
     f, at_old = drift(dist), drift(dist_old)
     # Each sample has parameters of its own, so the gradient of the sum is every sample's slope.

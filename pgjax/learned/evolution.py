@@ -135,10 +135,21 @@ def open_es(
 
 
 def without_failures(fitness: jax.Array) -> jax.Array:
-    """Fitness [P] whose NaN and infinite entries are as bad as the worst finite one; all zero if none is finite."""
+    """Fitness [P] whose NaN and infinite entries are a little worse than the worst finite one; all zero if none is finite.
+
+    A little, so that a member that failed is no equal of a partner that earned as little as anybody; by a millionth of the
+    worst, or a millionth, which no mean or spread will notice.
+    """
     finite = jnp.isfinite(fitness)
     worst = jnp.min(fitness, initial=jnp.inf, where=finite)
-    return jnp.where(finite, fitness, jnp.where(jnp.isfinite(worst), worst, 0.0))
+    below = worst - 1e-6 * jnp.maximum(jnp.abs(worst), 1.0)
+    return jnp.where(finite, fitness, jnp.where(jnp.isfinite(worst), below, 0.0))
+
+
+def ties(fitness: jax.Array) -> jax.Array:
+    """Whether the partners of each pair did equally well [P / 2], both having failed included."""
+    fitness = without_failures(fitness)
+    return fitness[0::2] == fitness[1::2]
 
 
 def pair_differences(shaped: jax.Array, fitness: jax.Array) -> jax.Array:
