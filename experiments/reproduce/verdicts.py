@@ -51,7 +51,8 @@ class NumberRow:
 class ClaimRow:
     """A claim on one environment.
 
-    test: which runs and metric.  note: what is to be known of the claim and its test.  difference: left less right (or less the number), with its 95 % interval.
+    test: which runs and metric.  note: what is to be known of the claim and its test.
+    difference: left less right (or less the number), with its 95 % interval.
     """
 
     claim: str
