@@ -475,13 +475,13 @@ def test_a_rule_is_judged_with_the_step_sizes_it_was_made_with():
     np.testing.assert_allclose(told, 0.8)
 
 
-def test_learning_rates_that_are_not_given_are_the_published_ones_of_the_method():
-    for method, most in (("gradient", 1e-4), ("evolution", 1e-2)):
-        trainer = trainer_of(method=method, lifetime=(2, 2), eval_levels=1)
-        state = jax.jit(trainer.init)(jax.random.key(0))
-        after, _ = jax.jit(trainer.step)(state)
-        first, last = (ravel_pytree(trainer.learned(s))[0] for s in (state, after))
-        np.testing.assert_allclose(np.abs(first - last).max(), most, rtol=0.05)
+def test_the_learning_rate_of_evolution_is_the_published_one_if_none_is_given():
+    """Adam's first step is as long as its rate; that of meta-gradients is bounded where a rule is followed from step to step."""
+    trainer = trainer_of(method="evolution", lifetime=(2, 2), eval_levels=1)
+    state = jax.jit(trainer.init)(jax.random.key(0))
+    after, _ = jax.jit(trainer.step)(state)
+    first, last = (ravel_pytree(trainer.learned(s))[0] for s in (state, after))
+    np.testing.assert_allclose(np.abs(first - last).max(), 1e-2, rtol=0.05)
 
 
 def test_evolution_of_whole_lives():
