@@ -476,7 +476,7 @@ def test_a_rule_is_judged_with_the_step_sizes_it_was_made_with():
 
 
 def test_the_learning_rate_of_evolution_is_the_published_one_if_none_is_given():
-    """Adam's first step is as long as its rate; that of meta-gradients is bounded where a rule is followed from step to step."""
+    """Adam's first step is as long as its rate; that of meta-gradients is bounded in the test of GROOVE."""
     trainer = trainer_of(method="evolution", lifetime=(2, 2), eval_levels=1)
     state = jax.jit(trainer.init)(jax.random.key(0))
     after, _ = jax.jit(trainer.step)(state)
