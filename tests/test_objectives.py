@@ -476,7 +476,7 @@ def test_sampled_kl_is_never_negative_and_right_on_average(float64):
     assert (estimate >= 0).all()
     assert abs(estimate.mean() - exact) < 4 * estimate.std() / np.sqrt(len(estimate))
     core = SimpleNamespace(networks=SimpleNamespace(policy=lambda params, obs: FixedRatio(jnp.asarray(log_ratio))), setup=None)
-    batch = SimpleNamespace(obs=None, action=None, log_prob_old=0.0, advantage=0.0, dist_old=None, weight=None)
+    batch = SimpleNamespace(obs=None, action=None, log_prob_old=0.0, advantage=jnp.zeros(1), dist_old=None, weight=None)
     batch.value_target = None
     hypers = SimpleNamespace(entropy_coef=0.0)
     _, (parts, _) = updates.surrogate_loss(core, lambda *args: jnp.zeros(1), None, None, batch, None, hypers, 0.0)

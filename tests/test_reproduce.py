@@ -375,6 +375,20 @@ def test_a_run_looks_the_same_in_every_panel_of_a_figure(tmp_path, monkeypatch):
     assert legend == {"ppo (a), ours": first[0][0], "ppo (b), ours": first[1][0], "trpo, ours": first[2][0]}
 
 
+def test_a_figure_of_many_runs_tells_them_apart_and_holds_its_legend(tmp_path, monkeypatch):
+    drawn = []
+    monkeypatch.setattr(figures, "save", lambda figure, out: drawn.append(figure))
+    runs = [f"a run whose name is anything but short, number {index}" for index in range(15)]
+    figures.draw_paper(paper(), [ours([1.0, 2.0], run) for run in runs], tmp_path / "x.png")
+    (figure,) = drawn
+    (axis,) = figure.axes
+    assert len({(line.get_color(), line.get_linestyle(), line._unscaled_dash_pattern) for line in axis.lines}) == 15
+    figure.canvas.draw()
+    legend, whole = figure.legends[0].get_window_extent(), figure.bbox
+    assert legend.x0 >= 0 and legend.y0 >= 0 and legend.x1 <= whole.x1
+    assert axis.get_window_extent().height > whole.height / 3
+
+
 def test_the_page_is_what_the_command_writes():
     from pgjax.experiments.reproduce.page import pages
 

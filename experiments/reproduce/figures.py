@@ -34,10 +34,9 @@ def draw_paper(paper: Paper, results: Sequence[Measured], out: Path) -> bool:
     metric = paper.shown or max(set(metrics), key=metrics.count)
     columns = min(3, len(envs))
     rows = -(-len(envs) // columns)
-    # One style for a label in all panels: they share the legend, which wants room for three entries side by side.
+    # One style for a label in all panels: they share the legend.
     labels = list(dict.fromkeys(_label(each, results) for each in results))
-    size = (max(4.2 * columns, 8.0), 3.3 * rows + 0.5 + 0.2 * -(-len(labels) // 3))
-    figure, axes = pyplot().subplots(rows, columns, figsize=size, squeeze=False, layout="constrained")
+    figure, axes = pyplot().subplots(rows, columns, squeeze=False, layout="constrained")
     handles: dict[str, Any] = {}
     for axis, env in zip(axes.flat, envs, strict=False):
         for each in (result for result in results if result.env == env):
@@ -53,7 +52,11 @@ def draw_paper(paper: Paper, results: Sequence[Measured], out: Path) -> bool:
         over_env_steps(axis)
     for axis in axes.flat[len(envs) :]:
         axis.remove()
-    figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=3, frameon=False, fontsize=8)
+    # As many entries of the legend side by side as there is room for, up to three; inches.
+    width = max(4.2 * columns, 8.0)
+    ncols = min(3, max(1, int(width / (0.5 + 0.065 * max(map(len, handles))))))
+    figure.set_size_inches(width, 3.3 * rows + 0.5 + 0.2 * -(-len(handles) // ncols))
+    figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=ncols, frameon=False, fontsize=8)
     out.parent.mkdir(parents=True, exist_ok=True)
     save(figure, out)
     return True
@@ -64,8 +67,9 @@ def _curve(axis, each: Measured, metric: str, index: int):
     y = each.result.returns[metric]
     known = ~np.isnan(y).any(0)
     mean, low, high = np.array([mean_interval(column) for column in y[:, known].T]).T
-    color = COLORS[index % len(COLORS)]
-    (line,) = axis.plot(x[known], mean, color=color, ls=DASHES[index % len(DASHES)], marker="o", ms=3, lw=1.8)
+    # Past the last colour they come again, with other dashes.
+    color, dashes = COLORS[index % len(COLORS)], DASHES[(index + index // len(COLORS)) % len(DASHES)]
+    (line,) = axis.plot(x[known], mean, color=color, ls=dashes, marker="o", ms=3, lw=1.8)
     if len(y) > 1:
         axis.fill_between(x[known], low, high, color=color, alpha=0.15, lw=0)
     return line
