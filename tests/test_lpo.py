@@ -205,6 +205,17 @@ def test_far_from_the_old_policy_nothing_overflows(name):
         assert np.abs(slope[far]).max() < 1e-3
 
 
+@pytest.mark.parametrize("name", CONVENTIONS)
+def test_at_the_old_policy_the_slope_is_the_advantage(float64, name):
+    """Whatever the weights are: the gradient there is that of the policy gradient."""
+    params, advantage = random_params(3, CONVENTIONS[name]), jnp.linspace(-3.0, 3.0, 25)
+
+    def total(log_ratio):
+        return lpo.surrogate(params, log_ratio, advantage, 0.4, CONVENTIONS[name]).sum()
+
+    np.testing.assert_array_equal(jax.grad(total)(jnp.zeros(25)), advantage)
+
+
 def test_the_upper_clip_of_ppo_itself_and_its_schedule():
     convention = lpo.Convention(temporal=True)
     params = jax.tree.map(jnp.zeros_like, lpo.init_params(jax.random.key(0), temporal=True))

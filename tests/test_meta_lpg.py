@@ -510,6 +510,23 @@ def test_partners_begin_alike_and_short_lives_end_early():
     assert (one.learner.params.actor != short.learner.params.actor).any() and long.env_steps == 9 * T * B
 
 
+def test_the_rule_is_told_how_old_its_agent_is(monkeypatch):
+    """n = 0 to N - 1 of N updates, whatever episodes end meanwhile."""
+    inner = inner_of(1, spec=RuleSpec(num_predictions=3, hidden_size=4, embedding_size=3, temporal="relative"))
+    told, ask = [], lpg.ask_rule
+
+    def spy(core, rule, params, rollout, updates, lifetime, gamma):
+        jax.debug.callback(lambda *x: told.append([float(each) for each in x]), updates, lifetime, rollout.end.sum())
+        return ask(core, rule, params, rollout, updates, lifetime, gamma)
+
+    monkeypatch.setattr(lpg, "ask_rule", spy)
+    rule, level = init_rule(inner.algorithm.core.spec, jax.random.key(5)), inner.env.default_params
+    agents.raised(inner, rule, level, jnp.float32(7), *jax.random.split(jax.random.key(0)))
+    jax.effects_barrier()
+    assert [row[:2] for row in sorted(told)] == [[n, 7] for n in range(7)]
+    assert sum(row[2] for row in told) > 0, "episodes ended"
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("method", ["gradient", "evolution"])
 def test_two_host_devices_give_what_one_gives(method, tmp_path):

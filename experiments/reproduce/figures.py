@@ -38,14 +38,17 @@ def draw_paper(paper: Paper, results: Sequence[Measured], out: Path) -> bool:
     labels = list(dict.fromkeys(_label(each, results) for each in results))
     figure, axes = pyplot().subplots(rows, columns, squeeze=False, layout="constrained")
     handles: dict[str, Any] = {}
+    # Of the published numbers that are drawn, so that markers do not come again while there are others.
+    marked: dict[str, int] = {}
     for axis, env in zip(axes.flat, envs, strict=False):
         for each in (result for result in results if result.env == env):
             label = _label(each, results)
             handles[label] = _curve(axis, each, "mode" if metric == "best" else metric, labels.index(label))
         reached = max(float(each.result.env_steps[-1]) for each in results if each.env == env)
-        for index, numbers in enumerate(beside):
+        for numbers in beside:
             for name, value in numbers.values.items():
                 if numbers.env_of(name) == env and 0 < numbers.env_steps <= 1.05 * reached:
+                    index = marked.setdefault(f"{numbers.name} (published)", len(marked))
                     handles[f"{numbers.name} (published)"] = _point(axis, numbers, value, index)
         axis.set_title(env, fontsize=10, fontweight="bold")
         axis.set_ylabel(_TOLD[metric])
