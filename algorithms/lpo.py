@@ -39,7 +39,7 @@ class Convention:
     features: ``authors``: log ρ, (log ρ)², 1 - ρ, (1 - ρ)², then each times Â;  ``ratio_first``: ρ - 1, (ρ - 1)², log ρ,
       (log ρ)², then each times Â, as third-party code has it.
     temporal: whether the features times progress follow (TA-LPO): 16 in place of 8.
-    ppo_eps, xi: ε and ξ above.  feature_clip: bound of every feature's absolute value, None for none.
+    ppo_eps, xi: ε and ξ above.  feature_clip: bound of the absolute value of each of the eight features, None for none.
     """
 
     form: Literal["ppo", "scratch"] = "ppo"
@@ -84,11 +84,8 @@ def init_params(key: jax.Array, temporal: bool = False, hidden: int = 128) -> di
     return {"hidden": hidden_kernel, "out": jnp.zeros((hidden, 1))}
 
 
-def features(log_ratio: jax.Array, advantage: jax.Array, progress, convention: Convention = Convention()) -> jax.Array:
-    """What the drift network sees, [N, 8] or with time [N, 16]; all zero where the policy is the old one.
-
-    Progress only multiplies: an input of its own would not vanish at ratio 1, and the drift would not either.
-    """
+def features(log_ratio: jax.Array, advantage: jax.Array, convention: Convention = Convention()) -> jax.Array:
+    """What the drift network sees, [N, 8]; all zero where the policy is the old one."""
     log_ratio = jnp.clip(log_ratio, -_FAR, _FAR)
     beyond = jnp.expm1(log_ratio)
     if convention.features == "authors":
@@ -96,17 +93,22 @@ def features(log_ratio: jax.Array, advantage: jax.Array, progress, convention: C
     else:
         d = jnp.stack([beyond, beyond**2, log_ratio, log_ratio**2], -1)
     x = jnp.concatenate([d, advantage[..., None] * d], -1)
-    if convention.temporal:
-        x = jnp.concatenate([x, progress * x], -1)
     if convention.feature_clip is not None:
         x = jnp.clip(x, -convention.feature_clip, convention.feature_clip)
     return x
 
 
-def network(params: PyTree, x: jax.Array) -> jax.Array:
-    """g [N] of features [N, F]: a hidden layer of tanh units and no biases, so that g is 0 where the features are."""
+def network(params: PyTree, x: jax.Array, progress=0.0) -> jax.Array:
+    """g [N] of features [N, 8]: a hidden layer of tanh units and no biases, so that g is 0 where the features are.
+
+    A hidden kernel [16, H] is two: the second, times progress, is added to the first, which is the same as to give the network
+    the features times progress as well. As an input of its own progress would not vanish at ratio 1, and the drift would not.
+    """
+    hidden, num = params["hidden"], x.shape[-1]
+    if hidden.shape[0] > num:
+        hidden = hidden[:num] + progress * hidden[num:]
     # Without the squeeze, [N, 1] beside [N] would become a plausible [N, N].
-    return (jnp.tanh(x @ params["hidden"]) @ params["out"]).squeeze(-1)
+    return (jnp.tanh(x @ hidden) @ params["out"]).squeeze(-1)
 
 
 def drift(
@@ -121,7 +123,7 @@ def drift(
     Args: params as of ``init_params``; log_ratio [N], log ρ; advantage [N], standardised; progress scalar in [0, 1].
     Source: section 4 of Lu et al. 2022; eq. 10 of Jackson et al. 2024.
     """
-    g = network(params, features(log_ratio, advantage, progress, convention))
+    g = network(params, features(log_ratio, advantage, convention), progress)
     chex.assert_equal_shape([g, log_ratio, advantage])
     return jax.nn.relu(_ppo_drift(log_ratio, advantage, convention) + g - convention.xi)
 
@@ -138,7 +140,7 @@ def surrogate(
     With p PPO's drift, ρ Â - relu(p + g - ξ) = (ρ Â - p) + min(p, ξ - g), whose first part is PPO's clipped surrogate: far
     from the old policy nothing large is taken off something large.
     """
-    g = network(params, features(log_ratio, advantage, progress, convention))
+    g = network(params, features(log_ratio, advantage, convention), progress)
     chex.assert_equal_shape([g, log_ratio, advantage])
     if convention.form == "scratch":
         return jnp.exp(log_ratio) * advantage - jax.nn.relu(g - convention.xi)

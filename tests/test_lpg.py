@@ -86,6 +86,7 @@ def test_the_rule_is_the_cell_of_flax_run_backwards(float64, spec):
     pi_hat, log_y_hat = jax.jit(lambda *x: apply_rule(spec, *x))(rule, inputs)
     assert pi_hat.shape == (T, B) and log_y_hat.shape == (T, B, M)
     np.testing.assert_allclose(np.exp(log_y_hat).sum(-1), 1, rtol=1e-12)
+    assert (np.exp(log_y_hat) > 0).all()
 
     def embed(y):
         inner = np.maximum(y @ rule["embedding"]["hidden"]["kernel"] + rule["embedding"]["hidden"]["bias"], 0)
@@ -336,6 +337,21 @@ def test_lifetimes():
         moved = (np.diff(alone, axis=0) != 0).any(1)
         np.testing.assert_array_equal(moved, np.arange(1, 6) < lifetime)
     assert np.abs(said[0, 0] - said[2, 0]).max() > 1e-4, "they are told different lifetimes"
+
+
+def test_agents_of_different_ages_are_told_their_own():
+    """Side by side, of one rollout, with all pairs of age and lifetime; as each by itself."""
+    spec = dataclasses.replace(SPEC, temporal="relative")
+    core, rollout = core_of(spec=spec), some_rollout()
+    rule, params = some_rule(spec), some_params(core)
+    ask = jax.jit(lambda n, life: lpg.ask_rule(core, rule, params, rollout, n, life))
+    updates, lifetimes = jnp.array([0.0, 3.0, 8.0, 0.0, 3.0, 8.0]), jnp.array([9.0, 9.0, 9.0, 30.0, 30.0, 30.0])
+    together = jax.jit(jax.vmap(ask))(updates, lifetimes)
+    for i, numbers in enumerate(zip(updates, lifetimes, strict=True)):
+        for one, all_ in zip(ask(*numbers), together, strict=True):
+            np.testing.assert_allclose(all_[i], one, rtol=1e-4, atol=1e-6)
+    for i, j in itertools.combinations(range(6), 2):
+        assert np.abs(together.pi_hat[i] - together.pi_hat[j]).max() > 1e-4, (i, j)
 
 
 # ---- The algorithm --------------------------------------------------------------------------------------------------

@@ -96,7 +96,7 @@ def test_a_bias_would_not_be_one():
     params = random_params(0, CONVENTIONS["scratch"])
 
     def biased(sample, params):
-        x = lpo.features(sample.log_ratio, sample.advantage, 0.0) + 0.3
+        x = lpo.features(sample.log_ratio, sample.advantage) + 0.3
         return jnp.exp(sample.log_ratio) * sample.advantage - jax.nn.relu(lpo.network(params, x))
 
     assert not check_drift(pgjax.Objective(biased, params)).valid
@@ -134,7 +134,7 @@ def test_the_shipped_start_is_ppo_and_can_be_left():
     assert moves(jax.tree.map(jnp.zeros_like, template)) == (0, 0), "zero should be a point that cannot be left"
     gap, moved = moves(template)
     assert gap > 0.05 and moved > 1e-3
-    x = lpo.features(l, a, 0.0)
+    x = lpo.features(l, a)
     params = random_params(0, CONVENTIONS["ppo"], dtype=np.float32)
     minus = jax.tree.map(lambda p: -p, params)
     np.testing.assert_array_equal(lpo.network(params, x), lpo.network(minus, x))
@@ -158,8 +158,39 @@ def test_time_varies_the_first_layer(float64):
         np.testing.assert_array_equal(at(progress, without), at(0.0, without))
     np.testing.assert_allclose(at(0.7, without), static(first), rtol=1e-12, atol=1e-13)
     assert np.abs(at(0.0) - at(1.0)).max() > 0.1
-    x = [lpo.features(LOG_RATIO, ADVANTAGE, p, convention) @ params["hidden"] for p in (0.0, 0.5, 1.0)]
-    np.testing.assert_allclose(x[1], (x[0] + x[2]) / 2, rtol=1e-12, atol=1e-13)
+    # Before the hidden layer's tanh, which one unit and an output of 1 leave to be undone.
+    unit = {"hidden": 1e-3 * params["hidden"][:, :1], "out": np.ones((1, 1))}
+    x = [np.arctanh(lpo.network(unit, lpo.features(LOG_RATIO, ADVANTAGE), p)) for p in (0.0, 0.5, 1.0)]
+    assert np.abs(x[2] - x[0]).max() > 1e-3
+    np.testing.assert_allclose(x[1], (x[0] + x[2]) / 2, rtol=1e-9, atol=1e-12)
+
+
+def test_time_that_has_no_weights_changes_no_bit():
+    """In float32 and compiled, as runs have it."""
+    convention = CONVENTIONS["temporal"]
+    params = jax.tree.map(jnp.float32, random_params(1, convention))
+    first, second = params["hidden"][:8], params["hidden"][8:]
+    l, a = (jnp.asarray(x, jnp.float32) for x in (LOG_RATIO, ADVANTAGE))
+
+    @jax.jit
+    def at(progress, first, second):
+        hidden = {"hidden": jnp.concatenate([first, second]), "out": params["out"]}
+        return jax.value_and_grad(lambda l: lpo.surrogate(hidden, l, a, progress, convention).sum())(l)
+
+    @jax.jit
+    def static(kernel):
+        hidden = {"hidden": kernel, "out": params["out"]}
+        return jax.value_and_grad(lambda l: lpo.surrogate(hidden, l, a).sum())(l)
+
+    def same(one, other):
+        for x, y in zip(one, other, strict=True):
+            np.testing.assert_array_equal(x, y)
+
+    for progress in (0.0, 0.37, 1.0):
+        same(at(progress, first, 0 * second), static(first))
+    same(at(0.0, first, second), static(first))
+    same(at(1.0, first, second), static(first + second))
+    assert np.abs(at(1.0, first, second)[1] - static(first)[1]).max() > 0.1
 
 
 @pytest.mark.parametrize("temporal", [False, True])

@@ -19,11 +19,17 @@ Shaping = Callable[[jax.Array], jax.Array]
 
 
 def z_score(fitness: jax.Array) -> jax.Array:
-    """Fitness [P] less its mean, over its standard deviation; zero for a population of equals.
+    """Fitness [P], P even, less its mean, over its standard deviation; zero for a population of equals.
 
     Source: Lu et al. 2022 (LPO). authors' code: equals divide zero by zero / here: the divisor has a floor.
     """
-    return (fitness - fitness.mean()) / (fitness.std() + 1e-8)
+
+    # Pair by pair, so that exchanging partners changes no bit of either sum.
+    def mean(x):
+        return (x[0::2] + x[1::2]).mean() / 2
+
+    centred = fitness - mean(fitness)
+    return centred / (jnp.sqrt(mean(centred**2)) + 1e-8)
 
 
 def centred_ranks(fitness: jax.Array) -> jax.Array:
@@ -160,7 +166,7 @@ def pair_differences(shaped: jax.Array, fitness: jax.Array) -> jax.Array:
     make a whole step of.
     """
     first, second = shaped[0::2], shaped[1::2]
-    half = jnp.where(fitness[0::2] == fitness[1::2], 0.0, (first - second) / 2)
+    half = jnp.where(fitness[0::2] == fitness[1::2], 0.0, ((first - second) - (second - first)) / 4)
     return jnp.stack([half, -half], 1).reshape(-1)
 
 
