@@ -7,7 +7,7 @@ A configuration is named by its search seed, so the published ones can be drawn 
 import argparse
 import sys
 from pathlib import Path
-from typing import Any, cast, get_type_hints
+from typing import Any, cast
 
 import numpy as np
 import pandas as pd
@@ -17,7 +17,7 @@ from pgjax.algorithms import get
 from pgjax.cli.options import pairs
 from pgjax.errors import RequestError, close_names
 from pgjax.experiments import presets
-from pgjax.experiments.shared_settings import read_value
+from pgjax.experiments.shared_settings import default_fields, read_field
 from pgjax.host.runner import RunSpec
 
 # What the draw of the entropy's coefficient sets in each method.
@@ -92,15 +92,12 @@ def ranking(path: Path, search_seeds: range) -> pd.DataFrame:
 
 def _fields(algorithm: str, words: list[str]) -> dict[str, Any]:
     """``["field=text"]`` as values of the types of the algorithm's ``Setup``."""
-    hints, fields = get_type_hints(get(algorithm).Setup), {}
-    for name, text in pairs("--setup", words, str).items():
-        if name not in hints:
-            raise RequestError(f"--setup {name}: {algorithm} has no such field; {close_names(name, hints)}")
-        try:
-            fields[name] = read_value(text, hints[name])
-        except ValueError as error:
-            raise RequestError(f"--setup {name}={text}: {error}") from None
-    return fields
+    module, words_of = get(algorithm), pairs("--setup", words, str)
+    known = default_fields(module)["setup"]
+    for name in words_of:
+        if name not in known:
+            raise RequestError(f"--setup {name}: {algorithm} has no such field; {close_names(name, known)}")
+    return {name: read_field("setup", name, text, module) for name, text in words_of.items()}
 
 
 def search(args: argparse.Namespace) -> None:

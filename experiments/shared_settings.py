@@ -166,11 +166,7 @@ def read_asked(words: dict[str, dict[str, str]], modules: dict[str, ModuleType])
                 raise RequestError(
                     f"--{part} {name}={text} would change nothing: it defines the method of {', '.join(having)}; leave it out"
                 )
-            hint = float if part == "hypers" else get_type_hints(modules[having[0]].Setup)[name]
-            try:
-                asked[part][name] = read_value(text, hint)
-            except ValueError as error:
-                raise RequestError(f"--{part} {name}={text}: {error}") from None
+            asked[part][name] = read_field(part, name, text, modules[having[0]])
     return asked
 
 
@@ -180,6 +176,15 @@ def _unknown(part: str, name: str, fields: dict[str, Fields]) -> str:
         return f"--{part} {name} is a field of {other}; use --{other} {name}=..."
     known = {field for f in fields.values() for field in f[part]}
     return f"--{part} {name}: none of {', '.join(fields)} has it; {close_names(name, known)}"
+
+
+def read_field(part: str, name: str, text: str, module: ModuleType) -> Any:
+    """``text`` as a value of a field of the algorithm's. Raises: RequestError that names it."""
+    hint = float if part == "hypers" else get_type_hints(module.Setup)[name]
+    try:
+        return read_value(text, hint)
+    except ValueError as error:
+        raise RequestError(f"--{part} {name}={text}: {error}") from None
 
 
 def read_value(text: str, hint: Any) -> Any:

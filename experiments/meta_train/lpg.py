@@ -24,7 +24,7 @@ from pgjax.experiments.meta_train.levels import Score, Transform
 from pgjax.host import lanes
 from pgjax.learned.files import Learned
 from pgjax.learned.rule import RuleSpec, convention_of, read_convention
-from pgjax.on_policy import check_choices, check_counts
+from pgjax.on_policy import as_hypers, check_choices, check_counts
 from pgjax.types import PyTree
 
 # Updates of an agent's life, (shortest, longest), by the name of the levels; log-uniform between them.
@@ -161,13 +161,14 @@ def inner_of_rule(rule: Learned, levels: str) -> tuple[Inner, PyTree]:
     Their step sizes are taken over where the agents are of the same kind, linear ones with SGD or small networks with Adam.
     """
     spec, params = read_convention(rule.params, rule.convention)
-    inner = inner_of(Args(levels=levels), spec)
-    told = {name: rule.convention[name] for name in ("num_envs", "num_steps") if name in rule.convention}
+    counts = {name: rule.convention[name] for name in ("num_envs", "num_steps") if name in rule.convention}
+    inner = inner_of(Args(levels=levels, **counts), spec)
     agent = rule.convention.get("agent", {})
     if agent.get("optimizer") == inner.setup.optimizer:
-        names = {"actor_lr": "learning_rate", "predictor_lr": "predictor_lr", "alpha_y": "alpha_y"}
-        told |= {name: agent[field] for name, field in names.items() if field in agent}
-    return inner_of(Args(levels=levels, **told), spec), params
+        numbers = {name: agent[name] for name in ("learning_rate", "predictor_lr", "alpha_y") if name in agent}
+        algorithm = inner.algorithm._replace(hypers=as_hypers(inner.algorithm.hypers.replace(**numbers)))
+        inner = inner._replace(algorithm=algorithm)
+    return inner, params
 
 
 def inner_of(args: Args, spec: RuleSpec) -> Inner:
