@@ -166,6 +166,7 @@ def pair_differences(shaped: jax.Array, fitness: jax.Array) -> jax.Array:
     make a whole step of.
     """
     first, second = shaped[0::2], shaped[1::2]
+    # Both ways round: a product that a compiler contracts into one difference rounds otherwise once partners change places.
     half = jnp.where(fitness[0::2] == fitness[1::2], 0.0, ((first - second) - (second - first)) / 4)
     return jnp.stack([half, -half], 1).reshape(-1)
 
