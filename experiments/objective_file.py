@@ -49,6 +49,13 @@ def is_learned(source: str) -> bool:
     return source.startswith(_LEARNED)
 
 
+def makes_its_own_schedule(source: str | None) -> bool:
+    """Whether ``source`` names a drift that is told the progress of the run, so that nothing else need fall with it."""
+    if source is None or not is_learned(source):
+        return False
+    return bool(learned_files.load(split_hash(source)[0], "lpo").convention.get("temporal"))
+
+
 def pinned(source: str | None) -> str | None:
     """``source`` as a run records it: a learned objective with the hash of its file. Raises: RequestError if there is none."""
     if source is None or not is_learned(source) or split_hash(source)[1]:

@@ -9,6 +9,7 @@ import pytest
 from probe_envs import Probe
 
 import pgjax
+from pgjax import cli
 from pgjax.algorithms import lpo, ppo
 from pgjax.checks.mirror_learning import check_drift
 from pgjax.errors import RequestError
@@ -371,3 +372,17 @@ def test_a_shipped_drift_is_a_mirror_learning_step_that_evolution_moved(name):
     log_ratio, advantage = (jnp.asarray(x.ravel()) for x in np.meshgrid(np.linspace(low, high, 40), np.linspace(-3, 3, 40)))
     ours = lpo.surrogate(objective.params, log_ratio, advantage, 0.0, convention)
     assert jnp.abs(ours - ppo.clip_surrogate(log_ratio, advantage, 0.2)).max() > 0.01
+
+
+def test_a_drift_with_a_schedule_of_its_own_beside_a_falling_rate_is_noticed(tmp_path, capsys):
+    run = ["train", "ppo", "--env", "gymnax/CartPole-v1", "--total-env-steps", "64", "--num-evals", "0"]
+    run += ["--setup.num-envs", "2", "--setup.num-steps", "16", "--setup.hidden-sizes", "4"]
+
+    def said(out, *more):
+        assert cli._main([*run, "--out", str(tmp_path / out), *more]) == 0
+        return [line for line in capsys.readouterr().out.splitlines() if line.startswith("note: lpo:")]
+
+    (line,) = said("falls", "--objective", "lpo:ta")
+    assert "lpo:ta" in line and "--setup.learning-rate-schedule constant" in line
+    assert not said("constant", "--objective", "lpo:ta", "--setup.learning-rate-schedule", "constant")
+    assert not said("static", "--objective", "lpo:default")

@@ -155,6 +155,7 @@ def _run(args: TrainArgs, spec, objective) -> int:
 
     lanes.use_host_devices()
     lanes.use_compilation_cache()
+    from pgjax.experiments.objective_file import makes_its_own_schedule
     from pgjax.host import loggers
     from pgjax.host.display import Display
     from pgjax.host.runner import check_extension, describe_env, extend, run
@@ -181,6 +182,11 @@ def _run(args: TrainArgs, spec, objective) -> int:
         elif args.resume and store.status == "finished":
             print(f"{out} is finished already; nothing to do")
             return 0
+        if makes_its_own_schedule(spec.objective) and algorithm.setup.learning_rate_schedule == "linear":
+            print(
+                f"note: {spec.objective} gets more careful with time by itself, and the learning rate falls as well; it was "
+                "made for --setup.learning-rate-schedule constant"
+            )
         sending = loggers.follow(out, args.log_to) if args.log_to else contextlib.nullcontext()
         with Display(spec, again) as display, sending as send:
 
