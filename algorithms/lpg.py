@@ -62,6 +62,7 @@ class Hypers(struct.PyTreeNode):
     reward_scale: factor on every reward that the rule sees; rules are meta-trained on rewards between -1 and 1.
     gamma: told to rules that ask for it.
     anneal_env_steps: the agent's lifetime in environment steps, after which it learns no more; the runner fills it in.
+      A temporal rule is told it, so whoever steps by hand sets it: without an end log N is infinite and the lane non-finite.
     rule: parameters of the learned rule.
     """
 

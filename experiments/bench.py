@@ -3,6 +3,7 @@
 What is compared runs side by side in one process, in turns, so that a busy machine slows both; read the ratios.
 """
 
+import contextlib
 import dataclasses
 import functools
 import json
@@ -14,7 +15,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO, cast
 
 import jax
 import jax.numpy as jnp
@@ -97,6 +98,28 @@ def _lane_program(algorithm, num_lanes, num_devices, num_iterations):
     return lambda: program(state, hypers, counts), seconds
 
 
+@contextlib.contextmanager
+def _on_one_thread(num_iterations):
+    """``(run, seconds to compile)`` of one lane as ``pgjax train`` runs it, in a process that has but one thread."""
+    code = (
+        "import sys; from pgjax.host import lanes; lanes.use_one_thread()\n"
+        "import jax; from pgjax.experiments import bench\n"
+        "run, seconds = bench._lane_program(bench._cartpole(), 1, 1, int(sys.argv[1])); print(seconds, flush=True)\n"
+        "for _ in sys.stdin: jax.block_until_ready(run()); print(flush=True)\n"
+    )
+    command = [sys.executable, "-c", code, str(num_iterations)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as child:
+        ask, answer = cast(TextIO, child.stdin), cast(TextIO, child.stdout)
+        seconds = float(answer.readline())
+
+        def run():
+            print(file=ask, flush=True)
+            answer.readline()
+
+        yield run, seconds
+        ask.close()
+
+
 def _ppo(repeats, say):
     """PPO on CartPole in the public single-file setting, beside a plain implementation of it."""
     iterations = 200
@@ -120,7 +143,10 @@ def _ppo(repeats, say):
         name = f"pgjax, {num_lanes} lanes, {num_devices} devices"
         programs[name], compile_seconds[name] = _lane_program(algorithm, num_lanes, num_devices, iterations)
         total[name] = steps * num_lanes
-    medians = _medians(programs, repeats)
+    with _on_one_thread(iterations) as (run, seconds):
+        name = "pgjax, 1 lanes, 1 thread"
+        programs[name], compile_seconds[name], total[name] = run, seconds, steps
+        medians = _medians(programs, repeats)
     base = total["plain, 1 lanes"] / medians["plain, 1 lanes"]
     figures = {}
     for name, seconds in medians.items():

@@ -1,11 +1,15 @@
-"""Lanes: how much memory there is, and how many lanes it is enough for."""
+"""Lanes: how much memory there is, how many lanes it is enough for, and on how many threads they compute."""
 
+import dataclasses
+import os
 from types import SimpleNamespace
 
 import pytest
 
+from pgjax.algorithms import ppo, sac
 from pgjax.experiments.bench import memory_of_run
 from pgjax.host import lanes
+from tests.processes import run_python
 
 CPU, GPU = SimpleNamespace(platform="cpu"), SimpleNamespace(platform="gpu")
 
@@ -76,3 +80,29 @@ def test_the_predicted_peak_is_near_the_actual_one(num_lanes):
         env="gymnax/CartPole-v1", setup={"num_envs": 64}, total_env_steps=10**4, seeds=tuple(range(num_lanes)), num_evals=1
     )
     assert peak / 1.5 < predicted < peak * 1.5
+
+
+def test_which_programs_are_small():
+    small = ppo.Setup(num_envs=4, num_steps=128, num_minibatches=4, hidden_sizes=(64, 64))
+    assert lanes.is_small(small, "gymnax/CartPole-v1")
+    assert lanes.is_small(dataclasses.replace(small, num_envs=16, hidden_sizes=None), "gymnax/CartPole-v1")
+    for larger in (dict(num_envs=64), dict(hidden_sizes=(64, 256)), dict(num_envs=20, num_minibatches=1)):
+        assert not lanes.is_small(dataclasses.replace(small, **larger), "gymnax/CartPole-v1")
+    assert not lanes.is_small(small, "gymnax/Breakout-MinAtar") and not lanes.is_small(sac.Setup(), "gymnax/Pendulum-v1")
+
+
+@pytest.mark.parametrize("seeds", [1, 2])
+def test_one_lane_of_a_small_program_computes_on_one_thread(tmp_path, seeds):
+    request = ["train", "ppo", "--env", "gymnax/CartPole-v1", "--preset", "none", "--seeds", str(seeds)]
+    request += ["--total-env-steps", "64", "--num-evals", "0", "--setup.num-envs", "2", "--setup.num-steps", "16"]
+    code = f"""
+import os
+from pgjax import cli
+assert cli._main({[*request, "--out", str(tmp_path / "run")]!r}) == 0
+import jax
+print(len(jax.devices()), os.environ.get("PJRT_NPROC"))
+"""
+    done = run_python(code)
+    assert done.returncode == 0, done.stderr
+    cores = len(os.sched_getaffinity(0))
+    assert done.stdout.splitlines()[-1] == ("1 1" if seeds == 1 else f"{cores} None")

@@ -151,9 +151,14 @@ def _rule(name: str, rule: str | None) -> str | None:
 
 
 def _run(args: TrainArgs, spec, objective) -> int:
+    from pgjax.algorithms import get
     from pgjax.host import lanes
 
-    lanes.use_host_devices()
+    setup = dataclasses.replace(get(spec.algorithm).Setup(), **_tuples(spec.setup))
+    if len(spec.seeds) * len(spec.configs) == 1 and spec.devices is None and lanes.is_small(setup, spec.env):
+        lanes.use_one_thread()
+    else:
+        lanes.use_host_devices()
     lanes.use_compilation_cache()
     from pgjax.experiments.objective_file import makes_its_own_schedule
     from pgjax.host import loggers

@@ -16,6 +16,9 @@ from pgjax.errors import RequestError
 
 Device = Any  # jax.Device, which type checkers take for a variable
 
+# Multiplications and additions: 512 samples through 64 x 64 weights gain a quarter by one thread, 2048 lose a tenth.
+_SMALL = 1 << 21
+
 
 def use_host_devices(num_devices: int | None = None) -> None:
     """Makes JAX show ``num_devices`` CPU devices (None: one per core), to be called before anything else uses JAX.
@@ -29,6 +32,30 @@ def use_host_devices(num_devices: int | None = None) -> None:
         jax.config.update("jax_num_cpu_devices", num_devices or len(os.sched_getaffinity(0)))
     except RuntimeError:
         pass  # JAX has started; its devices stay as they are.
+
+
+def use_one_thread() -> None:
+    """Makes JAX compute on one thread of the CPU, to be called before anything else uses JAX: for one lane of a small program.
+
+    Its kernels take a microsecond or two, and XLA hands them to a second thread and waits for them: docs/benchmarks.md. Does
+    nothing if the user has decided (``PJRT_NPROC``), or if JAX has started.
+    """
+    try:
+        jax.config.update("jax_num_cpu_devices", 1)
+    except RuntimeError:
+        return
+    os.environ.setdefault("PJRT_NPROC", "1")
+
+
+def is_small(setup: Any, env: str) -> bool:
+    """Whether the widest product of a gradient step takes so little that a second thread costs more than it brings.
+
+    Known before anything is built, since JAX starts with that; False where ``setup`` does not tell. Images have convolutions.
+    """
+    if not hasattr(setup, "num_minibatches") or "MinAtar" in env:
+        return False
+    rows = setup.num_envs * setup.num_steps // max(setup.num_minibatches, 1)
+    return rows * max(setup.hidden_sizes or (64,)) ** 2 <= _SMALL
 
 
 def use_compilation_cache() -> None:
