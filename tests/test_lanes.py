@@ -97,6 +97,7 @@ def test_one_lane_of_a_small_program_computes_on_one_thread(tmp_path, seeds):
     request += ["--total-env-steps", "64", "--num-evals", "0", "--setup.num-envs", "2", "--setup.num-steps", "16"]
     code = f"""
 import os
+os.environ.pop("PJRT_NPROC", None)
 from pgjax import cli
 assert cli._main({[*request, "--out", str(tmp_path / "run")]!r}) == 0
 import jax
