@@ -117,7 +117,6 @@ def _on_one_thread(num_iterations):
             answer.readline()
 
         yield run, seconds
-        ask.close()
 
 
 def _ppo(repeats, say):

@@ -86,7 +86,12 @@ def test_which_programs_are_small():
     small = ppo.Setup(num_envs=4, num_steps=128, num_minibatches=4, hidden_sizes=(64, 64))
     assert lanes.is_small(small, "gymnax/CartPole-v1")
     assert lanes.is_small(dataclasses.replace(small, num_envs=16, hidden_sizes=None), "gymnax/CartPole-v1")
-    for larger in (dict(num_envs=64), dict(hidden_sizes=(64, 256)), dict(num_envs=20, num_minibatches=1)):
+    for larger in (
+        dict(num_envs=64),
+        dict(hidden_sizes=(64, 256)),
+        dict(critic_hidden_sizes=(256,)),
+        dict(num_envs=20, num_minibatches=1),
+    ):
         assert not lanes.is_small(dataclasses.replace(small, **larger), "gymnax/CartPole-v1")
     assert not lanes.is_small(small, "gymnax/Breakout-MinAtar") and not lanes.is_small(sac.Setup(), "gymnax/Pendulum-v1")
 

@@ -154,7 +154,9 @@ def _run(args: TrainArgs, spec, objective) -> int:
     from pgjax.algorithms import get
     from pgjax.host import lanes
 
-    setup = dataclasses.replace(get(spec.algorithm).Setup(), **_tuples(spec.setup))
+    setup = get(spec.algorithm).Setup()
+    # What is wrong with a recorded field is said when the algorithm is made.
+    setup = dataclasses.replace(setup, **{k: v for k, v in _tuples(spec.setup).items() if hasattr(setup, k)})
     if len(spec.seeds) * len(spec.configs) == 1 and spec.devices is None and lanes.is_small(setup, spec.env):
         lanes.use_one_thread()
     else:

@@ -55,7 +55,8 @@ def is_small(setup: Any, env: str) -> bool:
     if not hasattr(setup, "num_minibatches") or "MinAtar" in env:
         return False
     rows = setup.num_envs * setup.num_steps // max(setup.num_minibatches, 1)
-    return rows * max(setup.hidden_sizes or (64,)) ** 2 <= _SMALL
+    widths = (*(setup.hidden_sizes or (64,)), *(setup.critic_hidden_sizes or ()))
+    return rows * max(widths) ** 2 <= _SMALL
 
 
 def use_compilation_cache() -> None:
