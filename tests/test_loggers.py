@@ -3,13 +3,14 @@
 import collections
 import json
 import struct
+import time
 
 import numpy as np
 import pytest
 
 import pgjax
 from pgjax import cli
-from pgjax.host import store
+from pgjax.host import runner, store
 
 TRAIN = ["train", "ppo", "--env", "gymnax/CartPole-v1", "--seeds", "2", "--total-env-steps", "2000", "--num-evals", "3"]
 TRAIN += ["--setup.num-envs", "4", "--setup.num-steps", "25", "--preset", "none", "--eval-episodes", "2"]
@@ -18,9 +19,9 @@ TRAIN += ["--setup.num-envs", "4", "--setup.num-steps", "25", "--preset", "none"
 @pytest.fixture
 def log(tmp_path, monkeypatch):
     """Trains with a logger, with a crash before the third checkpoint and a resumption, and gives the run's folder."""
-    monkeypatch.setattr(pgjax.host.runner, "CHECKPOINT_SECONDS", 0)
-    monkeypatch.setattr(pgjax.host.runner, "CHECKPOINT_SHARE", 1e9)
-    monkeypatch.setattr(pgjax.host.runner, "CHUNK_SECONDS", 1e-6)
+    monkeypatch.setattr(runner, "CHECKPOINT_SECONDS", 0)
+    monkeypatch.setattr(runner, "CHECKPOINT_SHARE", 1e9)
+    monkeypatch.setattr(runner, "CHUNK_SECONDS", 1e-6)
     monkeypatch.setenv("WANDB_MODE", "offline")
     monkeypatch.setenv("WANDB_SILENT", "true")
     commit, commits = store.RunStore.commit, []
@@ -90,13 +91,22 @@ def test_wandb_offline_holds_every_row_once(log):
     found = []
     for folder in folders:
         (file,) = folder.glob("*.wandb")
-        for record in leveldb_records(file.read_bytes()[7:], first=7):
-            record = Record.FromString(record)
+        for record in written(file, Record):
             values = {".".join(item.nested_key) or item.key: json.loads(item.value_json) for item in record.history.item}
             if values:
                 step = values.pop("_step", record.history.step.num)
                 found += [(name, step, value) for name, value in values.items() if not name.startswith("_")]
     assert_same(found, path)
+
+
+def written(file, kind):
+    """The records of a run that has ended. W&B writes in a process of its own, which is waited for."""
+    for _ in range(100):
+        records = [kind.FromString(record) for record in leveldb_records(file.read_bytes()[7:], first=7)]
+        if any(record.HasField("exit") for record in records):
+            return records
+        time.sleep(0.1)
+    raise AssertionError(f"{file.name} has no end")
 
 
 def leveldb_records(data, first):
