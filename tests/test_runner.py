@@ -325,7 +325,9 @@ _TRAIN = [sys.executable, "-m", "pgjax", "train", "ppo", "--preset", "none"]
 
 
 def _kill_and_resume(tmp_path, num_kills, env_name="gymnax/CartPole-v1", total="100000"):
-    options = ["--env", env_name, "--seeds", "2", "--total-env-steps", total, "--setup.num-envs", "8", "--num-evals", "2"]
+    # Of more episodes than these a slow machine plays fewer, as many as the time it took allows.
+    options = ["--env", env_name, "--seeds", "2", "--total-env-steps", total, "--setup.num-envs", "8"]
+    options += ["--num-evals", "2", "--eval-episodes", "4"]
     env = {**os.environ, "PYTHONPATH": str(ROOT), "JAX_COMPILATION_CACHE_DIR": str(tmp_path / "cache")}
 
     def start(name, *more):
